@@ -1,0 +1,70 @@
+"""How fast are virtual films rendered, and how hard are they?
+
+Speed: 1,000 films at 96 px may take three minutes on two cores; measured on a part of them, against the time that
+projecting the unwarped CT alone would take.
+
+    python benchmarks/films.py
+
+Difficulty: the AUC of a frozen ImageNet encoder with a logistic head, five folds grouped by patient, on films of the
+split `calibrate`, which nothing else uses. This is how the numbers in `COHORTS` were chosen; the notebook of
+`medxfer_nb.data.films` shows the result.
+
+    python benchmarks/films.py --calibrate 1000
+"""
+import argparse, sys, tempfile, time
+import numpy as np, pandas as pd, torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from medxfer_nb.data.assets import fetch
+from medxfer_nb.data.films import COHORTS, load_anatomy, project, virtual_films
+from medxfer_nb.models.colorize import load_backbone
+
+FILMS, SIZE, LIMIT = 100, 96, 180
+
+def pooled_features(cases):
+    "(N,1280) features of the gray films, copied to three channels"
+    encoder = load_backbone('tf_efficientnet_lite0', fetch('efficientnet-lite0')).eval()
+    gray = torch.from_numpy(np.array(cases.pixels)).float() / 255
+    rgb = ((gray - .5) / .5)[:, None].expand(-1, 3, -1, -1)
+    with torch.no_grad(): return torch.cat([encoder(batch) for batch in rgb.split(64)]).numpy()
+
+def frozen_auc(cases):
+    "AUC per label: all positives, the severer half of them, the milder half"
+    features, rows = pooled_features(cases), {}
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=.01, max_iter=500))
+    for label, y in zip(cases.labels, cases.targets.T):
+        p = cross_val_predict(model, features, y, groups=cases.patient_codes, cv=GroupKFold(5), method='predict_proba')[:, 1]
+        severity = cases.frame[f'severity_{label}'].to_numpy()
+        severe = severity > np.median(severity[y == 1])
+        rows[label] = dict(auc=roc_auc_score(y, p), severe=roc_auc_score(y[(y == 0) | severe], p[(y == 0) | severe]),
+                           mild=roc_auc_score(y[~severe], p[~severe]), positive=y.mean())
+    return pd.DataFrame(rows).T
+
+def calibrate(n, size=64):
+    "Print the difficulty of every cohort"
+    for name in COHORTS:
+        table = frozen_auc(virtual_films(name, 'calibrate', n, size))
+        print(f'{name}: {n:,} films at {size} px, mean AUC {table.auc.mean():.3f}', table.round(3).to_string(), sep='\n', flush=True)
+
+def main():
+    volume = load_anatomy().hu.permute(0, 2, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        virtual_films('virtual-chest', 'calibrate', FILMS, SIZE, cache=folder)
+        films = (time.perf_counter() - start) / FILMS
+    start = time.perf_counter()
+    for _ in range(FILMS): project(volume, 2.8, .3)
+    plain = (time.perf_counter() - start) / FILMS
+    print(f'1,000 films at {SIZE} px: {1000 * films:.0f} s on {torch.get_num_threads()} threads (limit {LIMIT} s); '
+          f'one film is {films / plain:.1f} projections of the bare CT')
+    return 1000 * films <= LIMIT
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--calibrate', type=int, metavar='N', help='measure the difficulty on N films instead')
+    n = parser.parse_args().calibrate
+    if n: calibrate(n)
+    else: sys.exit(not main())
