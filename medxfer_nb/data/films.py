@@ -6,7 +6,7 @@
 __all__ = ['LOBES', 'HEART', 'TRACHEA', 'PULMONARY_VEIN', 'SIDES', 'LUNGS', 'BONES', 'CONTRASTED', 'LESION_SITES', 'VERSION',
            'CHEST_SEVERITY', 'COHORTS', 'SPLITS', 'CORRELATION', 'KNOTS', 'DEPTH', 'FINDINGS', 'Anatomy', 'reduce_ct',
            'load_anatomy', 'Cohort', 'Film', 'draw_films', 'film_frame', 'smooth_field', 'patient_points', 'sample',
-           'Scene', 'atelectasis', 'cardiomegaly', 'consolidation', 'edema', 'effusion', 'bone_lesion', 'make_scene',
+           'Scene', 'atelectasis', 'cardiomegaly', 'effusion', 'consolidation', 'edema', 'bone_lesion', 'make_scene',
            'project', 'develop', 'render', 'virtual_films']
 
 # %% ../../nbs/api/data/04_films.ipynb #ef5c3f41
@@ -60,7 +60,7 @@ def _without_contrast(
     near = F.max_pool3d(_is_in(labels, CONTRASTED)[None, None].float(), (3, 7, 7), 1, (1, 3, 3))[0, 0] > 0
     return torch.where(near & ~_is_in(labels, BONES), hu.clamp(max=60), hu)
 
-# %% ../../nbs/api/data/04_films.ipynb #41a8be36
+# %% ../../nbs/api/data/04_films.ipynb #b67aa109
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "A CT reduced in the axial plane; axes: inferior to superior, posterior to anterior, right to left"
@@ -93,7 +93,6 @@ class Anatomy:
         "Voxel centres of structures"
         return (torch.nonzero(self.mask(*ids)) + .5) * torch.tensor(self.spacing)
 
-# %% ../../nbs/api/data/04_films.ipynb #2001cd28
 def reduce_ct(
     factor:int # Voxels averaged along each axial direction
 ) -> Anatomy:
@@ -107,7 +106,7 @@ def reduce_ct(
     x, y, z = image.header.get_zooms()[:3]
     return Anatomy(_without_contrast(hu, labels), labels.float(), (float(z), float(y)*factor, float(x)*factor))
 
-# %% ../../nbs/api/data/04_films.ipynb #2fefbdea
+# %% ../../nbs/api/data/04_films.ipynb #abe81edd
 VERSION = 1
 
 def _hash(*parts) -> str: # 16 hex digits
@@ -126,7 +125,6 @@ def _write(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../nbs/api/data/04_films.ipynb #d23299ff
 def _read_anatomy(
     path:Path # .npz file
 ) -> Anatomy:
@@ -147,7 +145,7 @@ def load_anatomy(
         _write(path, lambda p: np.savez(p, hu=a.hu.numpy().astype(np.float16), labels=a.labels.numpy().astype(np.uint8), spacing=a.spacing))
         return _read_anatomy(path)
 
-# %% ../../nbs/api/data/04_films.ipynb #13cf76ab
+# %% ../../nbs/api/data/04_films.ipynb #1f205eda
 @dataclass(frozen=True)
 class Cohort:
     "How the films of one virtual hospital are made"
@@ -169,13 +167,12 @@ class Cohort:
     noise:tuple = (.005, .02) # Range of the noise's standard deviations, of the full scale
     collimated:float = .3 # Share of films with black borders
 
-# %% ../../nbs/api/data/04_films.ipynb #4deea485
 CHEST_SEVERITY = ((.1, 1.), (.1, .85), (.45, 1.), (.2, 1.), (.1, .9))
 COHORTS = {c.name: c for c in (
     Cohort('virtual-chest', 'CheXpert', OBSERVATIONS, (.28, .25, .22, .30, .38), CHEST_SEVERITY, uncertain=.2),
     Cohort('virtual-hospital', 'ChestX-ray14', OBSERVATIONS, (.22, .15, .15, .16, .25), CHEST_SEVERITY, ap=.2, bone=.5, detail=.4,
            window=(3., 97.), gamma=(1.2, 1.7), contrast=.6, blur=(1.2, 2.5), noise=(.01, .03), collimated=.6),
-    Cohort('virtual-bone', 'MURA', ('Abnormal',), (.45,), ((.2, 1.),), centre=(85., 169.), field=165., ap=0., bone=.8,
+    Cohort('virtual-bone', 'MURA', ('Abnormal',), (.45,), ((.1, .85),), centre=(85., 169.), field=165., ap=0., bone=.8,
            window=(2., 99.5), gamma=(.8, 1.3), blur=(0., 1.), noise=(.01, .03)))}
 SPLITS = ('train', 'valid', 'test', 'calibrate')
 
@@ -298,7 +295,7 @@ def smooth_field(
     "A random smooth field, the same one at every resolution"
     return _evaluate(_random_knots(rng, knots), shape)[..., 0]
 
-# %% ../../nbs/api/data/04_films.ipynb #207c6d2a
+# %% ../../nbs/api/data/04_films.ipynb #11f5a701
 def _rotation(
     degrees # about z, y, x
 ) -> torch.Tensor: # (3,3) in the order (z,y,x)
@@ -322,7 +319,6 @@ def _film_knots(
     axes = [a + t * (b - a) for a, b in ((z + half, z - half), (back, front), (x - half, x + half))]
     return torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
 
-# %% ../../nbs/api/data/04_films.ipynb #6f42d97e
 def patient_points(
     film:Film,
     anatomy:Anatomy,
@@ -348,7 +344,7 @@ def sample(
     grid = (2 * at / extent - 1).flip(-1)
     return F.grid_sample(volume[None, None], grid[None], mode, 'reflection', align_corners=False)[0, 0]
 
-# %% ../../nbs/api/data/04_films.ipynb #d731d1c4
+# %% ../../nbs/api/data/04_films.ipynb #ce0e3510
 @dataclass(eq=False)
 class Scene:
     "A patient between warp and projection; findings change `hu`"
@@ -371,10 +367,15 @@ class Scene:
     def grown(self,
         id:int, # Structure number
         anchor:torch.Tensor, # (3,) mm: the point that stays
-        k # Scale, a number or one each for z, y, x
+        k, # Scale, a number or one each for z, y, x
+        within:tuple # Structure numbers
     ) -> torch.Tensor: # (H,D,W) in 0..1
-        "A structure scaled about an anchor"
-        return sample(self.anatomy.mask(id), anchor + (self.at - anchor) / torch.as_tensor(k, dtype=torch.float32), self.anatomy.extent)
+        "A structure scaled about an anchor, as far as it comes to lie within others"
+        weight = self.inside(*within)
+        chosen = weight > 0
+        at = anchor + (self.at[chosen] - anchor) / torch.as_tensor(k, dtype=torch.float32)
+        weight[chosen] = sample(self.anatomy.mask(id), at[None, None], self.anatomy.extent)[0, 0]
+        return weight
 
     def blend(self,
         weight:torch.Tensor, # (H,D,W) in 0..1
@@ -383,7 +384,7 @@ class Scene:
         "Move towards a higher density; what is denser stays"
         self.hu = self.hu + weight * (hu - self.hu).clamp(min=0)
 
-# %% ../../nbs/api/data/04_films.ipynb #353bd235
+# %% ../../nbs/api/data/04_films.ipynb #a2cd8ef3
 def _side_of(lobe:int) -> str:
     "The lung that a lobe belongs to"
     return next(s for s, ids in SIDES.items() if lobe in ids)
@@ -392,7 +393,7 @@ def _collapse_point(
     anatomy:Anatomy,
     lobe:int # Structure number
 ) -> torch.Tensor: # (3,) mm
-    "Lobes collapse towards the midline: the upper ones upwards, the lower ones downwards and back"
+    "Lobes collapse towards the midline: the upper ones upwards, the lower ones back"
     p = anatomy.points(lobe)[::50]
     z, y = {10: (.8, .5), 12: (.8, .5), 13: (.5, .4)}.get(lobe, (.45, .3))
     x = .06 if _side_of(lobe) == 'left' else .94
@@ -420,9 +421,10 @@ def atelectasis(
     scene.move(_raise_diaphragm(scene.anatomy, scene.at, _side_of(lobe), 8 + 22 * severity))
     k = .85 - .35 * severity
     density = min(190 / k**3 - 1000, 40.)
-    scene.blend(scene.inside(*SIDES[_side_of(lobe)]) * scene.grown(lobe, _collapse_point(scene.anatomy, lobe), (k**.7, k**.9, k**1.4)), density)
+    shrunk = scene.grown(lobe, _collapse_point(scene.anatomy, lobe), (k**.7, k**.9, k**1.4), SIDES[_side_of(lobe)])
+    scene.blend(shrunk, density)
 
-# %% ../../nbs/api/data/04_films.ipynb #5ecd40a1
+# %% ../../nbs/api/data/04_films.ipynb #6697ead2
 def cardiomegaly(
     scene:Scene,
     severity:float, # 0..1
@@ -432,7 +434,22 @@ def cardiomegaly(
     heart = scene.anatomy.points(HEART)
     anchor = heart.mean(0) + torch.tensor([20., 0., -12. - 8 * rng.random()])
     k = 1.06 + .6 * severity
-    scene.blend(scene.inside(*LUNGS) * scene.grown(HEART, anchor, (1 + .7 * (k - 1), k, k)), 40.)
+    scene.blend(scene.grown(HEART, anchor, (1 + .7 * (k - 1), k, k), LUNGS), 40.)
+
+def effusion(
+    scene:Scene,
+    severity:float, # 0..1
+    rng:np.random.Generator
+) -> None:
+    "Fluid in the lower part of one lung, sometimes both: level below, meniscus that climbs the chest wall"
+    sides = (('left',), ('right',), ('left', 'right'))[rng.choice(3, p=[.35, .45, .2])]
+    for side in sides:
+        p = scene.anatomy.points(*SIDES[side])
+        low, middle = p[:, 0].min(), p[:, 2].mean()
+        lateral = (scene.at[..., 2] - middle) * (1 if side == 'left' else -1) / (p[:, 2].max() - p[:, 2].min()) * 2
+        meniscus = (20 + 35 * severity) * torch.where(lateral > 0, lateral**2, .4 * lateral**2).clamp(0, 1)
+        level = low + 20 + severity * (60 + 15 * rng.random()) + meniscus
+        scene.blend(scene.inside(*SIDES[side]) * torch.sigmoid((level - scene.at[..., 0]) / 5), 10.)
 
 # %% ../../nbs/api/data/04_films.ipynb #6aaead06
 def consolidation(
@@ -462,22 +479,6 @@ def edema(
     texture = (1 + .9 * smooth_field(rng, scene.hu.shape, 24) + .6 * smooth_field(rng, scene.hu.shape, 9)).clamp(.1, 2)
     scene.blend(scene.inside(*LUNGS) * (near * texture * (.03 + .15 * severity + .35 * severity**2)).clamp(0, .9), 0.)
 
-# %% ../../nbs/api/data/04_films.ipynb #24ab7b32
-def effusion(
-    scene:Scene,
-    severity:float, # 0..1
-    rng:np.random.Generator
-) -> None:
-    "Fluid in the lower part of one lung, sometimes both: level below, meniscus that climbs the chest wall"
-    sides = (('left',), ('right',), ('left', 'right'))[rng.choice(3, p=[.35, .45, .2])]
-    for side in sides:
-        p = scene.anatomy.points(*SIDES[side])
-        low, middle = p[:, 0].min(), p[:, 2].mean()
-        lateral = (scene.at[..., 2] - middle) * (1 if side == 'left' else -1) / (p[:, 2].max() - p[:, 2].min()) * 2
-        meniscus = (20 + 35 * severity) * torch.where(lateral > 0, lateral**2, .4 * lateral**2).clamp(0, 1)
-        level = low + 20 + severity * (60 + 15 * rng.random()) + meniscus
-        scene.blend(scene.inside(*SIDES[side]) * torch.sigmoid((level - scene.at[..., 0]) / 5), 10.)
-
 # %% ../../nbs/api/data/04_films.ipynb #a8dd7af3
 def bone_lesion(
     scene:Scene,
@@ -499,7 +500,7 @@ def bone_lesion(
 
 FINDINGS = dict(zip(OBSERVATIONS, (atelectasis, cardiomegaly, consolidation, edema, effusion)), Abnormal=bone_lesion)
 
-# %% ../../nbs/api/data/04_films.ipynb #f552b6e2
+# %% ../../nbs/api/data/04_films.ipynb #fe99cd2e
 def make_scene(
     film:Film,
     anatomy:Anatomy,
@@ -510,7 +511,7 @@ def make_scene(
     if film.view == 'AP':
         for side in SIDES: at = _raise_diaphragm(anatomy, at, side, 8.)
     scene = Scene(anatomy, at)
-    if film.view == 'AP': scene.blend(scene.inside(*LUNGS) * scene.grown(HEART, anatomy.points(HEART).mean(0), 1.1), 40.)
+    if film.view == 'AP': scene.blend(scene.grown(HEART, anatomy.points(HEART).mean(0), 1.1, LUNGS), 40.)
     for j, (label, severity) in enumerate(zip(film.cohort.labels, film.severity)):
         if severity > 0: FINDINGS[label](scene, severity, film.seed(3, j))
     return scene
@@ -568,7 +569,7 @@ def render(
     if size < 96: image = F.interpolate(image[None, None], size=(size, size), mode='bilinear', antialias=True, align_corners=False)[0, 0]
     return (image * 255).round().to(torch.uint8).numpy()
 
-# %% ../../nbs/api/data/04_films.ipynb #1c96248d
+# %% ../../nbs/api/data/04_films.ipynb #093994f4
 def _sha256(path:Path) -> str:
     "SHA-256 of a file"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
@@ -636,7 +637,6 @@ def _alone(
     try: yield
     finally: lock.release()
 
-# %% ../../nbs/api/data/04_films.ipynb #4e09889c
 def virtual_films(
     cohort:str, # A name in `COHORTS`
     split:str, # 'train', 'valid', 'test' or 'calibrate': no patient is in two

@@ -38,16 +38,16 @@ class Scale:
     @property
     def virtual(self) -> bool: return self.datasets[0].startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
 
-# %% ../../nbs/api/repro/05_scales.ipynb #24af85ad
+# %% ../../nbs/api/repro/05_scales.ipynb #6fcd32d0
 MODULES = ('deconv', 'pixelshuffle', 'coloru')
 _VIRTUAL = dict(datasets=('virtual-chest', 'virtual-hospital', 'virtual-bone'), backbones=('tf_efficientnet_lite0',), batch=16)
 
 SCALES = {s.name: s for s in (
     Scale('smoke', **_VIRTUAL | dict(batch=8), modules=('pixelshuffle', 'coloru'), size=32, steps=2, validate_every=1, n_pool=64, n_valid=32, n_test=48,
           sizes=(40,), seeds=(0,), protocols=('paper',), needs='a minute', lr=.01, precision='fp32'),
-    Scale('demo', **_VIRTUAL, modules=('pixelshuffle', 'coloru'), size=64, steps=480, validate_every=60, n_pool=600, n_valid=200, n_test=400,
+    Scale('demo', **_VIRTUAL, modules=('pixelshuffle', 'coloru'), size=64, steps=300, validate_every=50, n_pool=400, n_valid=150, n_test=300,
           sizes=(100,), seeds=(0, 1), protocols=('paper',), needs='20 minutes on 2 cores, 2 GB of memory, 1 GB of disk'),
-    Scale('study', **_VIRTUAL, modules=MODULES, size=64, steps=960, validate_every=80, n_pool=1000, n_valid=300, n_test=600,
+    Scale('study', **_VIRTUAL, modules=MODULES, size=64, steps=480, validate_every=60, n_pool=800, n_valid=250, n_test=500,
           sizes=(50, 100, 200, 400), seeds=(0, 1, 2), protocols=('paper', 'matched'), needs='a night on 2 cores'),
     Scale('paper', ('chexpert', 'chestxray14', 'mura'), ('resnet18', 'densenet121'), MODULES, size=320, batch=16, steps=43_200, validate_every=4_800,
           n_pool=0, n_valid=0, n_test=0, sizes=(224, 448, 1_121, 2_243, 11_215, 22_431), seeds=(0, 1, 2), protocols=('paper',),
@@ -111,7 +111,7 @@ def controls_runs(scale: Scale, seed: int) -> list[ColorRun]:
     run = partial(make_run, scale, seed=seed)
     return [run('baseline'), run('color_module', 'affine'), run('baseline', bn_stats='update'), run('baseline', stats='backbone')]
 
-# %% ../../nbs/api/repro/05_scales.ipynb #bcb071a0
+# %% ../../nbs/api/repro/05_scales.ipynb #a7d318df
 ITEMS: dict[str, Callable] = {
     'tab1_strategies': strategies_runs, 'tab2_observations': observations_runs, 'tab3_datasets': datasets_runs,
     'fig4_colours': colours_runs, 'fig5_labels': lambda scale, seed: [], 'fig6_data_size': sizes_runs, 'controls': controls_runs}
@@ -123,4 +123,5 @@ def item_runs(
 ) -> list[ColorRun]:                # Its runs, seed by seed
     "The runs that a table or figure shows."
     if item not in ITEMS: raise ValueError(f"no table or figure is named {item!r}; choose one of: {', '.join(ITEMS)}")
-    return list(dict.fromkeys(run for seed in seeds or scale.seeds for run in ITEMS[item](scale, seed)))
+    seeds = tuple(seeds) or scale.seeds
+    return list(dict.fromkeys(replace(run, lr_seed=seeds[0]) for seed in seeds for run in ITEMS[item](scale, seed)))
