@@ -526,7 +526,7 @@ def project(
     density = (1 + hu / 1000).clamp(min=0) + bone * (hu / 1000 - .15).clamp(min=0)
     return .02 * step * density.sum(1)
 
-# %% ../../nbs/api/data/04_films.ipynb #9610b822
+# %% ../../nbs/api/data/04_films.ipynb #3e85b2a4
 def _gaussian(
     image:torch.Tensor, # (H,W)
     sigma:float # pixels
@@ -562,8 +562,8 @@ def render(
     size:int, # Pixels along each side
     anatomy:Anatomy
 ) -> np.ndarray: # (size,size) uint8
-    "One film; below 96 px rendered at 96 and averaged, so that small films show the same"
-    scene = make_scene(film, anatomy, max(96, size))
+    "One film; a small one is rendered finer, at up to twice its size and 96 px, and averaged"
+    scene = make_scene(film, anatomy, max(size, min(96, 2 * size)))
     back, front = anatomy.depth
     image = develop(project(scene.hu, (front - back) / DEPTH, film.cohort.bone), film)
     if size < 96: image = F.interpolate(image[None, None], size=(size, size), mode='bilinear', antialias=True, align_corners=False)[0, 0]

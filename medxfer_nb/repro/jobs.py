@@ -7,9 +7,9 @@ __all__ = ['EXPERIMENTS', 'Context', 'Experiment', 'register', 'experiment', 'Jo
            'perform', 'Outcome', 'Ticket', 'Executor', 'Serial', 'stop_with', 'Processes', 'Progress', 'Runs',
            'RunFailed', 'load_or_run']
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #2b860891
-import importlib, json, os, random, resource, shutil, signal, statistics, subprocess, sys, threading, time, traceback
-from contextlib import closing, contextmanager
+# %% ../../nbs/api/repro/02_jobs.ipynb #ad8350ed
+import importlib, json, os, random, resource, select, shutil, signal, statistics, subprocess, sys, threading, time, traceback
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -254,7 +254,7 @@ class Serial:
             return Outcome(job, 'failed', time.perf_counter() - start, f'{type(e).__name__}: {e}', log)
         return Outcome(job, 'done', time.perf_counter() - start)
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #3e638f7d
+# %% ../../nbs/api/repro/02_jobs.ipynb #5b24cceb
 def _to_spec(job:Job) -> dict: # JSON types
     "A job as text for another process"
     return dict(paper=job.config.paper, config=job.config.as_dict(), key=job.key, data_hash=job.data_hash, code=job.code,
@@ -273,9 +273,10 @@ def stop_with(
     while os.getppid() == parent: time.sleep(.5)
     os._exit(1)
 
-def _main() -> None:
-    "What a job's process does; its order is the first argument"
-    order = json.loads(sys.argv[1])
+def _work(
+    order:dict # From `Processes`
+) -> None:
+    "What a job's process does"
     threading.Thread(target=stop_with, args=[order['parent']], daemon=True).start()
     EXPERIMENTS.update(order['experiments'])
     store, start = Store(order['store']), time.perf_counter()
@@ -287,7 +288,90 @@ def _main() -> None:
     progress(0., job.config.label)
     perform(job, store, order['data_root'], progress)
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #8e42988f
+def _main() -> None:
+    "A process that was started for one job; its order is the first argument"
+    _work(json.loads(sys.argv[1]))
+
+_START = [sys.executable, '-c']
+_MAIN = 'from medxfer_nb.repro.jobs import _main; _main()'
+
+# %% ../../nbs/api/repro/02_jobs.ipynb #95058c09
+def _fork(
+    order:dict, # Of the job
+    tell # The server's channel
+) -> int: # Process id
+    "Begin a job in a copy of this process"
+    if pid := os.fork(): return pid
+    code = 1
+    try:
+        os.setsid()
+        tell.close()
+        for fd, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log := os.open(order['log'], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1), (log, 2)): os.dup2(fd, target)
+        torch, order['parent'] = sys.modules.get('torch'), os.getppid()
+        if torch and torch.cuda._is_in_bad_fork(): os.execv(sys.executable, [*_START, _MAIN, json.dumps(order)])
+        _work(order)
+        code = 0
+    except BaseException: traceback.print_exc()
+    finally:
+        with suppress(Exception): sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+
+def _serve() -> None:
+    "The fork server: imports the modules that its arguments name, reads orders, and says [key, process id, exit code]"
+    tell, children, unread = os.fdopen(os.dup(1), 'w'), {}, b''
+    os.dup2(2, 1) # What imports print is no part of the conversation
+    for module in (*sys.argv[1:], 'torch._dynamo'): # The latter is imported in any optimiser's first step, and is as slow as the rest
+        with suppress(Exception): importlib.import_module(module) # If it fails, it fails again in the job, which has a log
+    def say(*what): print(json.dumps(what), file=tell, flush=True)
+    while True:
+        if select.select([0], [], [], .1)[0]:
+            if not (new := os.read(0, 1 << 16)): os._exit(0) # Whoever gave the orders is gone; the jobs will notice
+            *lines, unread = (unread + new).split(b'\n')
+            for order in map(json.loads, lines):
+                pid = _fork(order, tell)
+                children[pid] = order['job']['key']
+                say(children[pid], pid, None)
+        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]: say(children.pop(ended[0]), ended[0], os.waitstatus_to_exitcode(ended[1]))
+
+# %% ../../nbs/api/repro/02_jobs.ipynb #12f79ff3
+class _Forked:
+    "A job that the fork server began, with as much of `subprocess.Popen` as is needed here"
+    pid = returncode = None
+    def poll(self): return self.returncode
+    def wait(self, timeout=None):
+        end = time.monotonic() + (timeout or 60)
+        while self.returncode is None:
+            if time.monotonic() > end: raise subprocess.TimeoutExpired('job', timeout)
+            time.sleep(.02)
+
+class _ForkServer:
+    "The other side: a fork server and the jobs that it began"
+    def __init__(self, modules:Iterable[str], env:dict):
+        self.jobs = {}
+        self.process = subprocess.Popen([*_START, 'from medxfer_nb.repro.jobs import _serve; _serve()', *modules], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        for line in self.process.stdout:
+            key, pid, code = json.loads(line)
+            self.jobs[key].pid, self.jobs[key].returncode = pid, code
+        for job in self.jobs.values(): # The server is gone, and takes with it what still runs
+            if job.returncode is None: job.returncode = self.process.wait() or 1
+
+    def launch(self, order:dict) -> _Forked:
+        job = self.jobs[order['job']['key']] = _Forked()
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(order) + '\n')
+            self.process.stdin.flush()
+        if self.process.poll() is not None: job.returncode = self.process.returncode or 1
+        return job
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+# %% ../../nbs/api/repro/02_jobs.ipynb #e3b1b11a
 class Processes:
     "Each run in a process of its own, several at once"
     def __init__(self,
@@ -296,13 +380,15 @@ class Processes:
         n:int=2 # Runs at once; each gets its share of the cores
     ):
         if n < 1: raise ConfigError(f'{n} processes cannot run anything; use 1 or more')
-        self.store, self.data_root, self.n = store, data_root, n
+        self.store, self.data_root, self.n, self.server = store, data_root, n, None
 
     def submit(self, job, after=()): return Ticket(job, tuple(after))
 
     def gather(self, tickets, watch=lambda running: None):
         waiting, running = list(tickets), {}
         try:
+            if sys.platform == 'linux' and waiting: # Elsewhere there is no fork, or none that frameworks survive
+                self.server = _ForkServer({EXPERIMENTS[t.job.config.paper].split(':')[0] for t in waiting}, self._environment())
             while waiting or running:
                 ended = self._start(waiting, running) + self._collect(running)
                 yield from ended
@@ -310,6 +396,7 @@ class Processes:
                 if not ended: time.sleep(.1)
         finally: # An interrupt, or the caller has enough
             for child, _ in running.values(): _kill(child)
+            if self.server: self.server = self.server.close()
 
     def _start(self, waiting, running):
         ended = []
@@ -330,28 +417,33 @@ class Processes:
             ended.append(t.outcome)
         return ended
 
-    def _launch(self, job):
-        order = dict(parent=os.getpid(), store=str(self.store.root), job=_to_spec(job), experiments=EXPERIMENTS,
-                     data_root=self.data_root and str(self.data_root))
+    def _environment(self):
         threads = str(max(1, hardware()['cores']//self.n))
-        env = os.environ | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
-        with open(self.store.folder('logs', f'{job.key}.log'), 'ab') as log:
-            return subprocess.Popen([sys.executable, '-c', 'from medxfer_nb.repro.jobs import _main; _main()', json.dumps(order)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return os.environ | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+
+    def _launch(self, job):
+        log = self.store.folder('logs', f'{job.key}.log').resolve()
+        order = dict(parent=os.getpid(), store=str(self.store.root.resolve()), job=_to_spec(job), experiments=EXPERIMENTS, log=str(log),
+                     data_root=self.data_root and str(self.data_root))
+        if self.server: return self.server.launch(order)
+        with open(log, 'ab') as out:
+            return subprocess.Popen([*_START, _MAIN, json.dumps(order)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                env=self._environment(), start_new_session=True)
 
     def _fraction(self, job):
         try: return float((self.store.root/'staging'/job.key/'progress').read_text())
         except (OSError, ValueError): return 0.
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #d982f10c
+# %% ../../nbs/api/repro/02_jobs.ipynb #12d404bb
 def _why(code:int, log:Path) -> str:
     "Why a process ended: its last lines, or the signal that killed it"
     if code < 0: return f'killed by {signal.Signals(-code).name}' + (' (out of memory?)' if code == -signal.SIGKILL else '')
     lines = [l for l in log.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
     return '\n'.join(lines[-3:])
 
-def _kill(child:subprocess.Popen) -> None:
+def _kill(child:subprocess.Popen|_Forked) -> None:
     "End a job and the processes it started"
+    if not child.pid: return # Ordered, but not begun: the server will not begin it any more
     for sig, patience in [(signal.SIGTERM, 3), (signal.SIGKILL, None)]:
         try:
             os.killpg(child.pid, sig)

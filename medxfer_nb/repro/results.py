@@ -372,7 +372,7 @@ def compare(
     p = benjamini_hochberg([c.test.p if c and c.test else math.nan for c in found.values()])
     return [Row(e, scale, c, claim_of(e, c, scale), float(q)) for (e, c), q in zip(found.items(), p)]
 
-# %% ../../nbs/api/repro/06_results.ipynb #b576ddb7
+# %% ../../nbs/api/repro/06_results.ipynb #9a0d0f15
 def _points(x: float) -> str: return f'{100*x:+.1f}'
 
 def _difference(c: Contrast | None) -> str:
@@ -399,7 +399,8 @@ def comparison_table(
         cells |= {f'published {side}': str(getattr(e, side).published(e.metric) or '–') for side in 'ab'}
         cells |= {'published a - b': e.said, 'published p': _p(e.published_p), 'verdict': r.claim.words if r.claim else 'nothing to compare with'}
         if study: cells |= {'study: a - b [95%]': _difference(known and known.ours), 'study verdict': known.claim.words if known and known.claim else '–'}
-        table[e.about] = cells | {'note': c.note if c else ''}
+        matched = '(matched)' in e.a.strategy + e.b.strategy
+        table[e.about] = cells | {'note': '; '.join(filter(None, [c.note if c else '', 'ours: equal total steps, published: each stage to convergence' if matched else '']))}
     return pd.DataFrame.from_dict(table, orient='index').rename_axis('effect')
 
 # %% ../../nbs/api/repro/06_results.ipynb #3f00e1c4

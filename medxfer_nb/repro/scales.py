@@ -13,7 +13,7 @@ from functools import partial
 
 from .colorization import ColorRun
 
-# %% ../../nbs/api/repro/05_scales.ipynb #e7e062f2
+# %% ../../nbs/api/repro/05_scales.ipynb #3fd0669c
 @dataclass(frozen=True)
 class Scale:
     "One size of the paper's experiments: a preset, so that no notebook holds a constant of its own."
@@ -31,6 +31,7 @@ class Scale:
     sizes: tuple[int, ...]           # Training subsets of Fig. 6
     seeds: tuple[int, ...]           # Initialisations, three in the paper (Section IV.C)
     protocols: tuple[str, ...]       # 'paper': each stage to convergence; 'matched': equal total steps
+    tuned_transfer: bool             # Does Table III include the rows that train the encoder?
     needs: str                       # What it costs
     lr: float = 0.                   # Maximum learning rate; 0 = from the finder, as in the paper
     precision: str = 'auto'          # Of T and E
@@ -38,19 +39,19 @@ class Scale:
     @property
     def virtual(self) -> bool: return self.datasets[0].startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
 
-# %% ../../nbs/api/repro/05_scales.ipynb #6fcd32d0
+# %% ../../nbs/api/repro/05_scales.ipynb #9770a759
 MODULES = ('deconv', 'pixelshuffle', 'coloru')
 _VIRTUAL = dict(datasets=('virtual-chest', 'virtual-hospital', 'virtual-bone'), backbones=('tf_efficientnet_lite0',), batch=16)
 
 SCALES = {s.name: s for s in (
     Scale('smoke', **_VIRTUAL | dict(batch=8), modules=('pixelshuffle', 'coloru'), size=32, steps=2, validate_every=1, n_pool=64, n_valid=32, n_test=48,
-          sizes=(40,), seeds=(0,), protocols=('paper',), needs='a minute', lr=.01, precision='fp32'),
+          sizes=(40,), seeds=(0,), protocols=('paper',), tuned_transfer=True, needs='a minute', lr=.01, precision='fp32'),
     Scale('demo', **_VIRTUAL, modules=('pixelshuffle', 'coloru'), size=64, steps=300, validate_every=50, n_pool=400, n_valid=150, n_test=300,
-          sizes=(100,), seeds=(0, 1), protocols=('paper',), needs='20 minutes on 2 cores, 2 GB of memory, 1 GB of disk'),
+          sizes=(100,), seeds=(0, 1), protocols=('paper',), tuned_transfer=False, needs='20 minutes on 2 cores, 2 GB of memory, 1 GB of disk'),
     Scale('study', **_VIRTUAL, modules=MODULES, size=64, steps=480, validate_every=60, n_pool=800, n_valid=250, n_test=500,
-          sizes=(50, 100, 200, 400), seeds=(0, 1, 2), protocols=('paper', 'matched'), needs='a night on 2 cores'),
+          sizes=(50, 100, 200, 400), seeds=(0, 1, 2), protocols=('paper', 'matched'), tuned_transfer=True, needs='a night on 2 cores'),
     Scale('paper', ('chexpert', 'chestxray14', 'mura'), ('resnet18', 'densenet121'), MODULES, size=320, batch=16, steps=43_200, validate_every=4_800,
-          n_pool=0, n_valid=0, n_test=0, sizes=(224, 448, 1_121, 2_243, 11_215, 22_431), seeds=(0, 1, 2), protocols=('paper',),
+          n_pool=0, n_valid=0, n_test=0, sizes=(224, 448, 1_121, 2_243, 11_215, 22_431), seeds=(0, 1, 2), protocols=('paper',), tuned_transfer=True,
           needs='CheXpert (11 GB, small version), ChestX-ray14 (45 GB) and MURA (4 GB), 16 GB of memory and some 500 hours of one recent GPU'),
 )}
 
@@ -73,7 +74,7 @@ def make_run(
     preset = {k: getattr(scale, k) for k in ('size', 'batch', 'steps', 'validate_every', 'n_pool', 'n_valid', 'n_test', 'lr', 'precision')}
     return ColorRun(scale=scale.name, strategy=strategy, module=module, **dict(backbone=scale.backbones[0], dataset=scale.datasets[role]) | preset | changes)
 
-# %% ../../nbs/api/repro/05_scales.ipynb #4ca4cf99
+# %% ../../nbs/api/repro/05_scales.ipynb #f2666564
 def strategies_runs(scale: Scale, seed: int) -> list[ColorRun]:
     "Table I: every strategy with every module on each backbone."
     runs = []
@@ -94,7 +95,8 @@ def datasets_runs(scale: Scale, seed: int) -> list[ColorRun]:
     other = [run('baseline', role=2), run('last_layer', 'pixelshuffle', role=2, source='color_module')]
     fixed = [run('baseline', role=1), run('last_layer', 'pixelshuffle', role=1, source='color_module'), run('color_module', 'pixelshuffle', role=1),
              run('last_layer', 'pixelshuffle', role=1, source='all')]
-    return other + fixed + [run('baseline_all', role=1)] + [run('all', 'pixelshuffle', role=1, source=s) for s in ('color_module', '', 'all')]
+    tuned = [run('baseline_all', role=1)] + [run('all', 'pixelshuffle', role=1, source=s) for s in ('color_module', '', 'all')]
+    return other + fixed + (tuned if scale.tuned_transfer else [])
 
 def colours_runs(scale: Scale, seed: int) -> list[ColorRun]:
     "Fig. 4: the colour modules of Table I, after each stage."

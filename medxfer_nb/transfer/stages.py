@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'Strategy', 'get_strategy', 'reset_part', 'begin_stage'
            'TrainingDiverged', 'untouched', 'LrCurve', 'find_lr', 'seed_epoch', 'SeedEpochs', 'StopOnNaN', 'KeepBest',
            'read_checkpoint', 'Checkpoint', 'StageResult', 'fit_stage']
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #f1f2da76
+# %% ../../nbs/api/transfer/01_stages.ipynb #9f603488
 import copy, hashlib, io, os, random, warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder, minimum, steep, valley
+from fastai.callback.schedule import LRFinder, minimum, slide, valley
 from fastai.callback import progress # gives `Learner` its `no_bar`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from fastai.torch_core import to_device
 
 from ..models.colorize import ColorizedNet, split_TEC
 from ..models.precision import choose_modes
@@ -151,7 +152,7 @@ def untouched(learn: Learner): # Learner to experiment with
             loader.update(order)
             random.setstate(global_states[0]); np.random.set_state(global_states[1])
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #e950cca8
+# %% ../../nbs/api/transfer/01_stages.ipynb #65007f4f
 @dataclass(frozen=True)
 class LrCurve:
     "What the learning-rate finder saw and chose."
@@ -182,8 +183,8 @@ def find_lr(
         lrs, losses = torch.tensor(learn.recorder.lrs), torch.stack([torch.as_tensor(l) for l in learn.recorder.losses]).cpu()
     finite = int(losses.isfinite().long().cumprod(0).sum())
     used = slice(iterations // 10, min(finite, len(losses) - 5)) # smoothing needs a start, divergence comes last
-    if used.stop - used.start < 10: raise TrainingDiverged(f'the loss diverged after {finite} steps of the learning-rate finder', finite, float(losses[-1]))
-    suggestions = {rule.__name__: rule(lrs[used], losses[used], iterations)[0] for rule in (valley, steep, minimum)}
+    if used.stop - used.start < 20: raise TrainingDiverged(f'the loss diverged after {finite} steps of the learning-rate finder', finite, float(losses[-1]))
+    suggestions = {rule.__name__: rule(lrs[used], losses[used], iterations)[0] for rule in (valley, slide, minimum)}
     choice = float(np.clip(np.median(list(suggestions.values())), *bounds))
     return LrCurve(lrs[:finite].tolist(), losses[:finite].tolist(), suggestions, choice)
 
@@ -239,7 +240,7 @@ class KeepBest(Callback):
         if np.isfinite(value) and (self.best is None or value > self.best['valid_metric']):
             self.best, self.weights = entry, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #24393e58
+# %% ../../nbs/api/transfer/01_stages.ipynb #f7b3ffe7
 def read_checkpoint(
     path: str | Path, # File of `Checkpoint`
     stage: dict, # What identifies the stage
@@ -267,7 +268,7 @@ class Checkpoint(Callback):
     def before_fit(self):
         if self.saved is None: return
         self.model.load_state_dict(self.saved['model'])
-        self.opt.load_state_dict(self.saved['opt'])
+        self.opt.load_state_dict(to_device(self.saved['opt'], next(self.model.parameters()).device))
         self.keep.history, self.keep.best, self.keep.weights = (self.saved[k] for k in ('history', 'best', 'weights'))
 
     def after_validate(self):
