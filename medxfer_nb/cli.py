@@ -233,7 +233,7 @@ class Drawing:
         if not done.error: write_json(self.sidecar, done.provenance | dict(stamp=stamp, runs=len(self.runs)))
         return done
 
-# %% ../nbs/api/cli.ipynb #d0bddc1a
+# %% ../nbs/api/cli.ipynb #9d12cd60
 class Drawings:
     "Executes notebooks in the background, each when its runs are there"
     def __init__(self,
@@ -294,9 +294,9 @@ def write_failures(
     "Keep for the report what went wrong"
     from medxfer_nb.repro.store import write_json
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out/'failures.json', failures)
+    write_json(out/'failures.json', [dict(f, log=os.path.relpath(f['log'], out) if f['log'] else '') for f in failures])
 
-# %% ../nbs/api/cli.ipynb #1d6a32ea
+# %% ../nbs/api/cli.ipynb #a3c490be
 def _checked(paper, scale, data_root, jobs) -> list: # Names of papers
     "Refuse what cannot be reproduced"
     if paper: choose('paper', paper, PAPERS)
@@ -306,12 +306,13 @@ def _checked(paper, scale, data_root, jobs) -> list: # Names of papers
     if jobs < 0: raise ArgumentError(f'--jobs: {jobs} runs at once make no sense; give 1 or more (default: one per core)')
     return [paper] if paper else list(PAPERS)
 
-def _drawings(items, plan, out, parameters) -> dict: # Drawing -> keys of missing runs; current ones left out
+def _drawings(items, plan, out, scale, seeds, parameters) -> dict: # Drawing -> keys of missing runs; current ones left out
     "What has to be executed, and what each waits for"
     from medxfer_nb.repro.notebooks import ParameterError, check_parameters
     found = {}
     for item in items:
-        try: checked = check_parameters(item.notebook, parameters)
+        own = dict(scale=scale, seeds=seeds or importlib.import_module(PAPERS[item.paper]).scale_named(scale).seeds)
+        try: checked = check_parameters(item.notebook, own | parameters)
         except ParameterError as e: raise ArgumentError(str(e)) from None
         d = Drawing(item, out/item.paper, checked, tuple(sorted(j.key for j in plan.wanted if j.config in item.configs)))
         missing = missing_runs(item, plan)
@@ -340,7 +341,7 @@ def _finish(out, failures) -> None:
     if any(out.glob('*/*.ipynb')): typer.echo(f'report: {_near(write_report(out))}')
     if failures: raise typer.Exit(1)
 
-# %% ../nbs/api/cli.ipynb #1201bf5a
+# %% ../nbs/api/cli.ipynb #d29380db
 _STORE_HELP = 'Where runs are kept. Default: $MEDXFER_STORE, else results/store.'
 _OUT_HELP = 'Where executed notebooks, figures and the report go. Default: results/SCALE.'
 _SCALE_HELP = 'smoke (seconds, a test), demo, study or paper.'
@@ -369,8 +370,7 @@ def reproduce(
     store, out, jobs = Store(store), out or Path('results')/scale, jobs or _cores()
     plan = machinery.plan([c for i in items for c in i.configs], store, data_root)
     show_plan(items, plan, store, scale)
-    given = wanted or tuple(sorted({c.seed for c in (j.config for j in plan.wanted)})) or (0,)
-    todo = _drawings(items, plan, out, dict(scale=scale, seeds=given, data_root=str(data_root or ''), store=str(store.root.resolve())))
+    todo = _drawings(items, plan, out, scale, wanted, dict(data_root=str(data_root or ''), store=str(store.root.resolve())))
     typer.echo(f'{len(todo)} of {len(items)} notebooks to execute')
     if dry_run: return
     _carry_out(plan, store, data_root, jobs, todo, out)

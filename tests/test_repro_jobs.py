@@ -223,3 +223,29 @@ def test_bad_requests():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys.modules[__name__], 'EXPERIMENT', looped)
         with pytest.raises(ConfigError, match='ancestor'): plan([DigitRun()], Store('nowhere'))
+
+
+def test_a_fork_that_cannot_use_the_gpu_starts_afresh(tmp_path):
+    "CUDA does not survive a fork: where the fork server has touched it, the job gets an interpreter of its own"
+    code = f"""
+import io, json, os, sys, types
+import test_repro_jobs as t
+from pathlib import Path
+from medxfer_nb.repro import jobs
+store, root = t.Store({str(tmp_path / 'store')!r}), Path({str(tmp_path)!r})
+job = jobs.plan([t.DigitRun(transfer=False, steps=10)], store, root).todo[0]
+order = dict(parent=0, store=str(store.root), job=jobs._to_spec(job), experiments=jobs.EXPERIMENTS, log=str(root / 'log'), data_root=str(root))
+sys.modules['torch'] = types.SimpleNamespace(cuda=types.SimpleNamespace(_is_in_bad_fork=lambda: True))  # Only a fresh interpreter finds the true one
+print(os.waitstatus_to_exitcode(os.waitpid(jobs._fork(order, io.StringIO()), 0)[1]), store.get(job.key).key == job.key)
+"""
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.strip() == '0 True'
+
+
+def test_a_lost_fork_server_is_a_failure_not_a_wait(tmp_path):
+    executor, told = Processes(Store(tmp_path / 'store'), tmp_path, 1), []
+    def kill(running):
+        if executor.server and not told: told.append(executor.server.process.kill())
+    p = plan([DigitRun(transfer=False)], executor.store, tmp_path)
+    outcome, = executor.gather([executor.submit(p.todo[0])], kill)
+    assert outcome.status == 'failed' and 'SIGKILL' in outcome.message and executor.server is None

@@ -4,20 +4,22 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from statsmodels.stats.multitest import multipletests
 
-from medxfer_nb.data.cases import OBSERVATIONS
+from medxfer_nb.data.cases import OBSERVATIONS, Cases
 from medxfer_nb.data.splits import draw_subset
 from medxfer_nb.data.xray import apply_policy
 from medxfer_nb.repro import results as R
-from medxfer_nb.repro.colorization import score
+from medxfer_nb.repro.colorization import read_films, score
 from medxfer_nb.repro.jobs import Runs
 from medxfer_nb.repro.scales import SCALES, item_runs, make_run
 from medxfer_nb.repro.store import PublishedRecord, pack_array
 from medxfer_nb.repro.targets import published
+from test_data_xray import line, write_chexpert
 
 STUDY, PAPER = SCALES['study'], SCALES['paper']
 
@@ -110,6 +112,15 @@ def test_p_values_are_adjusted_over_the_table(pair):
     table = R.comparison_table(rows, rows)
     assert table['published p'].iloc[0] == '0.037' and '0.25 (3 seeds)' in table['exact floor'].iloc[0] and len(table) == len(rows)
 
+def test_what_only_the_study_ran_is_in_the_table():
+    effects = {scale: R.EFFECTS['fig6_data_size'](SCALES[scale]) for scale in ('demo', 'study')}
+    n = STUDY.sizes[0]
+    records = [r for s, q in [('baseline', .5), ('baseline_all', 1.2)] for r in runs(s, quality=q, changes=dict(n_train=n))]
+    table = R.comparison_table(R.compare(effects['demo'], [], SCALES['demo']), R.compare(effects['study'], records, STUDY))
+    assert len(table) == len(set(effects['demo'] + effects['study'])) and (table['a - b [95%]'] == 'not run').all()
+    row = table.loc[f'Baseline All minus Baseline (CheXpert, ResNet18, {n} films)']
+    assert row.verdict == 'not run (demo)' and row['study verdict'].startswith('same direction (study)')
+
 def test_one_seed_decides_nothing(pair, tmp_path):
     rows = R.compare(R.EFFECTS['tab1_strategies'](STUDY), pair[0][:1] + pair[1][:1], STUDY)
     assert rows[0].claim.verdict == 'undecided' and '1 seed' in R.findings(rows)
@@ -158,8 +169,6 @@ def test_gathering_without_committed_results_says_not_run(monkeypatch, tmp_path)
 
 def test_smallest_subset_is_the_one_that_runs_train_on(monkeypatch):
     rng = np.random.default_rng(0)
-    from medxfer_nb.data.cases import Cases
-    import pandas as pd
     frame = pd.DataFrame(rng.choice([-1., 0., 1.], (200, 5), p=[.1, .5, .4]).astype('float32'), columns=OBSERVATIONS)
     frame = frame.assign(patient=[f'p{i}' for i in range(200)], study='s')
     pool = Cases('pool', frame, pixels=np.zeros((200, 8, 8), np.uint8))
@@ -168,3 +177,17 @@ def test_smallest_subset_is_the_one_that_runs_train_on(monkeypatch):
     chosen = draw_subset(apply_policy(frame, 'paper', list(OBSERVATIONS))[list(OBSERVATIONS)].to_numpy(), n=STUDY.sizes[0], draw=0, seed=0)
     assert part.uncertain.tolist() == (frame[list(OBSERVATIONS)].iloc[chosen] == -1).sum().tolist()
     assert whole.sum(axis=1).eq(200).all() and part.sum(axis=1).eq(STUDY.sizes[0]).all()
+
+def test_label_counts_of_a_real_layout_are_those_of_the_runs(tmp_path):
+    rng, values = np.random.default_rng(0), ['1.0', '0.0', '-1.0']
+    def labels(): return {o.replace(' ', '_'): rng.choice(values, p=[.4, .5, .1]) for o in OBSERVATIONS}
+    write_chexpert(tmp_path, 'train', [line('train', i, **labels()) for i in range(1, 121)])
+    write_chexpert(tmp_path, 'valid', [line('valid', 64541, **labels())])
+    small = replace(PAPER, sizes=(60,))
+    whole, part = R.label_counts(small, str(tmp_path)).values()
+    run = make_run(small, 'baseline', n_train=60)
+    train, subset = read_films(replace(run, n_train=0), tmp_path)['train'], read_films(run, tmp_path)['train']
+    ones = np.isin(OBSERVATIONS, ['Atelectasis', 'Edema', 'Pleural Effusion'])   # the paper's policy, Section IV.A
+    for raw, settled in [(whole, train), (part, subset)]:
+        np.testing.assert_array_equal(raw.positive + ones*raw.uncertain, settled.counts().positive)
+        np.testing.assert_array_equal(raw.negative + ~ones*raw.uncertain, settled.counts().negative)

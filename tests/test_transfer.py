@@ -34,7 +34,7 @@ def loaders(n=EVERY * 8, missing=0.2) -> DataLoaders:
     x, y = torch.randn(n, 1, 16, 16, generator=rng), torch.rand(n, 2, generator=rng).round()
     x += 2 * y[:, :1, None, None] # the first label is easy
     masked = torch.where(torch.rand(n, 2, generator=rng) < missing, torch.nan, y)
-    return DataLoaders.from_dsets(list(zip(x, masked)), list(zip(x, y)), bs=8, device=torch.device('cpu'))
+    return DataLoaders.from_dsets(list(zip(x, masked)), list(zip(x, y)), bs=8, num_workers=0, device=torch.device('cpu'))
 
 
 def auc(scores, targets): return roc_auc_score(targets, scores)

@@ -8,7 +8,7 @@ __all__ = ['COLORIZERS', 'check_planes', 'conv_bn', 'ResBlock', 'residual_body',
            'gmacs', 'read_weights', 'lite_state_dict', 'load_strict', 'load_backbone', 'feature_width', 'ColorizedNet',
            'split_TEC', 'colorized_net', 'Card', 'save_colorizer', 'match_layers', 'load_colorizer']
 
-# %% ../../nbs/api/models/00_colorize.ipynb #ab071479
+# %% ../../nbs/api/models/00_colorize.ipynb #80d07e11
 import json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.torch_core import Module
 from safetensors.torch import load_file, save_file

@@ -81,13 +81,13 @@ def _from_file(svg:Path) -> str:
     if svg.stat().st_size > _LARGE and png.exists() and png.stat().st_size < svg.stat().st_size: return data_uri(png.read_bytes(), 'image/png')
     return data_uri(svg.read_bytes(), 'image/svg+xml')
 
-# %% ../../nbs/api/repro/07_report.ipynb #11931330
+# %% ../../nbs/api/repro/07_report.ipynb #2e2602cc
 @dataclass(frozen=True)
 class Block:
-    "A table or a figure"
+    "A table, a figure, or a paragraph that the notebook computed"
     heading: str # The notebook's heading above it; empty if it is the one of the block before
     figure: str = '' # Data URI
-    table: Markup = Markup('')
+    table: Markup = Markup('') # Or the paragraph
 
 def _headings(source:str) -> list: return re.findall(r'^#{2,6}\s+(.+?)\s*#*$', source, re.M)
 
@@ -104,6 +104,12 @@ def _outputs(cells:Iterable) -> Iterator[tuple]:
         for output in cell.get('outputs', []):
             if 'data' in output: yield heading, output.data
 
+def _table_or_text(data:dict) -> Markup:
+    "A table or Markdown among the outputs of a cell; other text is left in the notebook"
+    if text := data.get('text/markdown'): return clean_html(MarkdownIt('js-default').render(text))
+    table = clean_html(data.get('text/html', ''))
+    return table if '<table' in table else Markup('')
+
 def read_blocks(
     notebook:Path, # An executed notebook
     cells:list # Its cells
@@ -112,8 +118,8 @@ def read_blocks(
     shown, above = [], ''
     for heading, data in _outputs(cells):
         figure = _displayed(data) or ''
-        table = '' if figure else clean_html(data.get('text/html', ''))
-        if not figure and '<table' not in table: continue
+        table = Markup('') if figure else _table_or_text(data)
+        if not figure and not table: continue
         shown.append(Block(heading if heading != above else '', figure, table))
         above = heading
     return _with_vectors(shown, _vector_files(notebook))
@@ -125,7 +131,7 @@ def _with_vectors(blocks:list, files:list) -> list:
     replaced = {i: Block(blocks[i].heading, blocks[i].figure if f.stat().st_size > _LARGE else _from_file(f)) for i, f in zip(at, files)}
     return [replaced.get(i, b) for i, b in enumerate(blocks)] + [Block('', _from_file(f)) for f in files[len(at):]]
 
-# %% ../../nbs/api/repro/07_report.ipynb #116a5716
+# %% ../../nbs/api/repro/07_report.ipynb #0ca034b7
 @dataclass(frozen=True)
 class Section:
     "An executed notebook as the page shows it"
@@ -140,11 +146,14 @@ class Section:
     @property
     def anchor(self) -> str: return f'{self.paper}-{self.name}'
     @property
+    def run(self) -> list: return [c for c in self.claims if c.get('verdict') != 'not run']
+    @property
+    def not_run(self) -> list: return [c for c in self.claims if c.get('verdict') == 'not run']
+    @property
     def link(self) -> str: return f'{self.paper}/{self.name}.ipynb'
     @property
-    def label(self) -> str: # 'Table 1' of tab1_strategies
-        kind = re.match(r'(tab|fig)(\d+)', self.name)
-        return f"{dict(tab='Table', fig='Fig.')[kind[1]]} {kind[2]}" if kind else self.name.replace('_', ' ').capitalize()
+    def label(self) -> str: # 'Table I' of 'Table I: strategies'
+        return self.title.split(':')[0]
 
 def _read_json(path, default):
     try: return json.loads(path.read_text(encoding='utf-8'))
@@ -174,12 +183,12 @@ def item_order(
     start = item.split('_')[0]
     return (order.index(start) if start in order else len(order), item)
 
-# %% ../../nbs/api/repro/07_report.ipynb #01a7fd14
+# %% ../../nbs/api/repro/07_report.ipynb #511b6237
 _TONE = {'reproduced': 'good', 'within tolerance': 'good', 'same direction': 'good', 'deviates': 'bad', 'opposite': 'bad'}
 
 def _shown(value) -> str:
     "A number or text of a verdict"
-    if value is None or isinstance(value, float) and math.isnan(value): return '–'
+    if value in (None, '') or isinstance(value, float) and math.isnan(value): return '–'
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 def _origin(p:dict) -> list: # (name, value)
@@ -192,7 +201,7 @@ def _origin(p:dict) -> list: # (name, value)
             *([('training runs', p['runs'])] if 'runs' in p else []), ('commit', commit), ('machine', machine),
             ('versions', ', '.join(f'{k} {v}' for k, v in versions.items()))] if p else []
 
-# %% ../../nbs/api/repro/07_report.ipynb #e249b9be
+# %% ../../nbs/api/repro/07_report.ipynb #7915f62c
 _STYLE = '''
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --panel: #f5f7f9; --accent: #0b6bb8; --good: #1a7f45; --bad: #b3372c; --even: #7a6210 }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #9aa5b1; --line: #323a44; --panel: #1c2229; --accent: #6cb6f5; --good: #5cc98a; --bad: #f08a7e; --even: #d9bd62 } }
@@ -205,13 +214,13 @@ a { color: var(--accent) } code { font-size: .9em; overflow-wrap: anywhere }
 .facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 0; padding: 0; list-style: none }
 .facts li { flex: 1 1 8rem; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .5rem; color: var(--soft); font-size: .9rem; line-height: 1.35 } .facts b { display: block; color: var(--ink); font-size: 1.45rem; line-height: 1.2; font-variant-numeric: tabular-nums }
 nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0 1.6rem } nav a { padding: .2rem .75rem; border: 1px solid var(--line); border-radius: 1rem; text-decoration: none; font-size: .92rem } nav a:hover { border-color: var(--accent) }
-section { border-top: 1px solid var(--line); padding: 1.6rem 0 1.2rem; scroll-margin-top: .5rem } section > header .label { color: var(--soft); font-size: .85rem; letter-spacing: .04em; text-transform: uppercase }
+section { border-top: 1px solid var(--line); padding: 1.6rem 0 1.2rem; scroll-margin-top: .5rem }
 .claim { margin: .35rem 0 1rem; font-size: 1.05rem; color: var(--soft); max-width: 46rem }
 figure { margin: .5rem 0 1rem; padding: .75rem; background: #fff; border: 1px solid var(--line); border-radius: .5rem; overflow-x: auto; text-align: center } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto }
 .wide { overflow-x: auto; margin: .5rem 0 1rem }
 table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; min-width: 30% }
 th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top } thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom } tbody th { font-weight: 500 }
-.claims { width: 100% } .verdict { font-weight: 600; color: var(--even) } .verdict::before { content: "○ " } .good { color: var(--good) } .good::before { content: "● " } .bad { color: var(--bad) } .bad::before { content: "▲ " }
+.claims { width: 100% } td[data-of] { white-space: nowrap } .verdict { font-weight: 600; color: var(--even) } .verdict::before { content: "○ " } .good { color: var(--good) } .good::before { content: "● " } .bad { color: var(--bad) } .bad::before { content: "▲ " }
 .fault { margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--bad); border-left-width: 5px; border-radius: .4rem; overflow-wrap: anywhere } .fault h2 { margin: 0 0 .3rem; font-size: 1.15rem; color: var(--bad) } .fault ul { margin: 0; padding-left: 1.1rem } .fault pre { margin: .2rem 0; white-space: pre-wrap; font-size: .85rem }
 .disputes li { margin-bottom: .6rem } .disputes small { color: var(--soft) }
 details { margin-top: .8rem; font-size: .88rem; color: var(--soft) } summary { cursor: pointer } dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0 0 } dt { font-weight: 600 } dd { margin: 0; overflow-wrap: anywhere }
@@ -219,22 +228,24 @@ details { margin-top: .8rem; font-size: .88rem; color: var(--soft) } summary { c
 @media print { @page { margin: 1.6cm } :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb } main { max-width: none; padding: 0 } nav, summary { display: none } figure, tr, .fault { break-inside: avoid } h2, h3, h4 { break-after: avoid } body { font-size: 10.5pt } }
 '''
 
-# %% ../../nbs/api/repro/07_report.ipynb #aa0d65dc
-_PAGE = '''<!DOCTYPE html>
+# %% ../../nbs/api/repro/07_report.ipynb #9f0d73d9
+_PAGE = '''{% macro verdict_table(claims) %}<div class="wide"><table class="claims"><thead><tr><th>Statement</th><th>Ours</th><th>Published</th><th>Verdict</th></tr></thead><tbody>
+{% for c in claims %}<tr><td>{{ c.about }}</td><td data-of="ours">{{ shown(c.ours) }}</td><td data-of="published">{{ shown(c.published) }}</td><td><span class="verdict {{ tone.get(c.verdict, '') }}">{{ c.words or c.verdict }}</span></td></tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ headline }}</title>
 <link rel="icon" href="data:,"><style>{{ style }}</style></head><body><main>
 <header><h1>{{ headline }}</h1>
 <p class="scale"><b>{{ scales|join(' and ') }} scale</b>{% if virtual %} · virtual patients: mechanisms, not clinical numbers{% endif %}</p>
 <ul class="facts"><li><b>{{ drawn }} of {{ sections|length }}</b> notebooks executed without error</li>{% for word, n in verdicts %}<li><b>{{ n }}</b> {{ word }}</li>{% endfor %}</ul></header>
 {% if failures %}<div class="fault" id="failures"><h2>What failed</h2><ul>{% for f in failures %}<li><b>{{ f.what }}</b><pre>{{ f.message }}</pre>{% if f.log %}<small>log: <code>{{ f.log }}</code></small>{% endif %}</li>{% endfor %}</ul></div>{% endif %}
-{% for paper, group in papers %}<h2 id="{{ paper }}">{{ titles.get(paper, paper) }}</h2>
+{% for paper, group in papers %}{% if papers|length > 1 %}<h2 id="{{ paper }}">{{ titles.get(paper, paper) }}</h2>{% endif %}
 <nav aria-label="Tables and figures">{% for s in group %}<a href="#{{ s.anchor }}">{{ s.label }}</a>{% endfor %}{% if disputes(paper) %}<a href="#{{ paper }}-contradictions">Contradictions</a>{% endif %}</nav>
-{% for s in group %}<section id="{{ s.anchor }}"><header><span class="label">{{ s.label }}</span><h3>{{ s.title }}</h3></header>
+{% for s in group %}<section id="{{ s.anchor }}"><header><h3>{{ s.title }}</h3></header>
 {% if s.claim %}<p class="claim">{{ s.claim }}</p>{% endif %}
 {% if s.provenance.error %}<div class="fault"><b>This notebook failed.</b><pre>{{ s.provenance.error }}</pre></div>{% endif %}
-{% if s.claims %}<h4>Verdicts</h4><div class="wide"><table class="claims"><thead><tr><th>Statement</th><th>Ours</th><th>Published</th><th>Verdict</th></tr></thead><tbody>
-{% for c in s.claims %}<tr><td>{{ c.about }}</td><td data-of="ours">{{ shown(c.ours) }}</td><td data-of="published">{{ shown(c.published) }}</td><td><span class="verdict {{ tone.get(c.verdict, '') }}">{{ c.words or c.verdict }}</span></td></tr>
-{% endfor %}</tbody></table></div>{% endif %}
+{% if s.run %}<h4>Verdicts</h4>{{ verdict_table(s.run) }}{% endif %}
+{% if s.not_run %}<details><summary>{{ s.not_run|length }} statements not run at this scale</summary>{{ verdict_table(s.not_run) }}</details>{% endif %}
 {% for b in s.blocks %}{% if b.heading %}<h4>{{ b.heading }}</h4>{% endif %}{% if b.figure %}<figure><img src="{{ b.figure }}" alt="{{ b.heading or s.title }}"></figure>{% else %}<div class="wide">{{ b.table }}</div>{% endif %}
 {% endfor %}
 <details><summary>Provenance</summary><dl>{% for k, v in origin(s.provenance) %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}<dt>notebook</dt><dd><a href="{{ s.link|urlencode }}">{{ s.link }}</a></dd></dl></details></section>
@@ -243,7 +254,7 @@ _PAGE = '''<!DOCTYPE html>
 {% endfor %}</main></body></html>
 '''
 
-# %% ../../nbs/api/repro/07_report.ipynb #16edd6bc
+# %% ../../nbs/api/repro/07_report.ipynb #42864b2b
 def _verdicts(sections) -> list: # (words, how many), the most frequent first
     words = [c.get('verdict', '') for s in sections for c in s.claims]
     return sorted(((w, words.count(w)) for w in set(words)), key=lambda p: (-p[1], p[0]))
@@ -261,7 +272,7 @@ def render_report(
     titles = [TITLES.get(p, p) for p, _ in papers]
     return _template().render(headline=f"{titles[0]}, reproduced" if len(titles) == 1 else 'The papers, reproduced', style=Markup(_STYLE), scales=scales,
         virtual=scales != ['paper'], drawn=sum(not s.provenance.get('error') for s in sections), sections=sections, papers=papers, titles=TITLES,
-        verdicts=_verdicts(sections), failures=list(failures), tone=_TONE, shown=_shown, origin=_origin, disputes=contradictions)
+        verdicts=_verdicts(sections), failures=list(failures), tone=_TONE, shown=_shown, origin=_origin, disputes=contradictions).lstrip()
 
 def write_report(
     folder:str|Path, # Holds <paper>/<item>.ipynb, executed, and perhaps failures.json

@@ -112,8 +112,8 @@ def convergence(
                        late_gain=('gain', 'max'), steps=('steps', 'first'), kept_at=('kept', lambda k: ', '.join(f'{x:g}' for x in k if x is not None)))
     return table.rename(columns=dict(late_gain='largest gain in the last quarter (points)', kept_at='kept at step'))
 
-# %% ../../nbs/api/repro/06_results.ipynb #dd58dfb1
-REPLICATES = 2_000  # Of every bootstrap: its variances are then known to 3 percent
+# %% ../../nbs/api/repro/06_results.ipynb #5de6d32a
+REPLICATES = 1_000  # Of every bootstrap: its standard deviations are then known to 2 percent
 
 @dataclass(frozen=True)
 class Contrast:
@@ -372,7 +372,7 @@ def compare(
     p = benjamini_hochberg([c.test.p if c and c.test else math.nan for c in found.values()])
     return [Row(e, scale, c, claim_of(e, c, scale), float(q)) for (e, c), q in zip(found.items(), p)]
 
-# %% ../../nbs/api/repro/06_results.ipynb #9a0d0f15
+# %% ../../nbs/api/repro/06_results.ipynb #9aeae02a
 def _points(x: float) -> str: return f'{100*x:+.1f}'
 
 def _difference(c: Contrast | None) -> str:
@@ -390,10 +390,12 @@ def comparison_table(
     study: Sequence[Row] = (),  # The same effects from committed study results
 ) -> pd.DataFrame:              # One row per effect, ready to be shown
     "Ours beside the published, effect by effect."
-    table = {}
-    for r in rows:
+    table, committed = {}, {s.effect: s for s in study}
+    here = {r.effect for r in rows}
+    only_there = [replace(s, ours=None, claim=s.claim and claim_of(e, None, rows[0].scale), adjusted=math.nan) for e, s in committed.items() if rows and e not in here]
+    for r in [*rows, *only_there]:
         c, e, t = r.ours, r.effect, r.ours.test if r.ours else None
-        known = next((s for s in study if s.effect == e), None)
+        known = committed.get(e)
         cells = {'ours a': _mean(c.auc_a) if c else 'not run', 'ours b': _mean(c.auc_b) if c else 'not run', 'a - b [95%]': _difference(c),
                  'p': _p(t.p) if t else '–', 'p adjusted': _p(r.adjusted), 'exact floor': f'{c.floor:g} ({c.n} seeds)' if t else '–'}
         cells |= {f'published {side}': str(getattr(e, side).published(e.metric) or '–') for side in 'ab'}
@@ -403,8 +405,8 @@ def comparison_table(
         table[e.about] = cells | {'note': '; '.join(filter(None, [c.note if c else '', 'ours: equal total steps, published: each stage to convergence' if matched else '']))}
     return pd.DataFrame.from_dict(table, orient='index').rename_axis('effect')
 
-# %% ../../nbs/api/repro/06_results.ipynb #3f00e1c4
-_VERDICTS = {'reproduced': 'Reproduced', 'within tolerance': 'Within tolerance', 'deviates': 'Deviates', 'same direction': 'Shows', 'opposite': 'Reversed',
+# %% ../../nbs/api/repro/06_results.ipynb #580d37f3
+_VERDICTS = {'reproduced': 'Reproduced', 'within tolerance': 'Within tolerance', 'deviates': 'Deviates', 'same direction': 'Shown', 'opposite': 'Reversed',
              'undecided': 'Open', 'not run': 'Not run'}
 
 def findings(
@@ -443,7 +445,7 @@ def judged(
              for r in rows}
     return pd.DataFrame.from_dict(table, orient='index')
 
-# %% ../../nbs/api/repro/06_results.ipynb #dcc1c6c9
+# %% ../../nbs/api/repro/06_results.ipynb #212adb66
 @dataclass(frozen=True)
 class Tier:
     "Runs that may be shown together: of one scale and one origin."
@@ -458,7 +460,8 @@ class Tier:
         seeds = len({r.config.seed for r in self.records})
         origin = f'{self.name}, {seeds} seed{"s" * (seeds != 1)}'
         if self.suffix: origin += f', commit {_commit(self.records[0])}' + (', code changed since' if any(r.code_changed for r in self.records) else '')
-        return origin + (' · virtual patients: mechanisms, not clinical numbers' if self.scale.virtual else '')
+        between = '\n' if self.suffix else ' · ' # A narrow figure has no room for both in one line
+        return origin + (f'{between}virtual patients: mechanisms, not clinical numbers' if self.scale.virtual else '')
 
 def committed(
     item: str,       # Table or figure

@@ -152,7 +152,7 @@ def untouched(learn: Learner): # Learner to experiment with
             loader.update(order)
             random.setstate(global_states[0]); np.random.set_state(global_states[1])
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #65007f4f
+# %% ../../nbs/api/transfer/01_stages.ipynb #324693b8
 @dataclass(frozen=True)
 class LrCurve:
     "What the learning-rate finder saw and chose."
@@ -180,7 +180,7 @@ def find_lr(
     with untouched(learn), learn.no_bar(), learn.no_logging():
         seed_epoch(learn, seed, 0)
         learn.fit(iterations // len(learn.dls.train) + 1, cbs=_Finder(*span, num_it=iterations))
-        lrs, losses = torch.tensor(learn.recorder.lrs), torch.stack([torch.as_tensor(l) for l in learn.recorder.losses]).cpu()
+        lrs, losses = np.array(learn.recorder.lrs), torch.stack([torch.as_tensor(l) for l in learn.recorder.losses]).cpu()
     finite = int(losses.isfinite().long().cumprod(0).sum())
     used = slice(iterations // 10, min(finite, len(losses) - 5)) # smoothing needs a start, divergence comes last
     if used.stop - used.start < 20: raise TrainingDiverged(f'the loss diverged after {finite} steps of the learning-rate finder', finite, float(losses[-1]))

@@ -1,0 +1,81 @@
+"The report: everything that the notebooks show, nothing that runs or loads, and failures where they are seen."
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import pytest
+
+from medxfer_nb.repro.report import clean_html, read_section, write_report
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="90" height="30"><rect width="90" height="30"/></svg>'
+PNG = base64.b64encode(b'\x89PNG a picture').decode()
+
+
+def executed(folder, name, *outputs, title='Table I: strategies', error=''):
+    "An executed notebook with its provenance"
+    (folder / 'colorization').mkdir(exist_ok=True)
+    cells = [nbformat.v4.new_markdown_cell(f'# {title}\n\n> First <b>claim</b> & more.'), nbformat.v4.new_markdown_cell('## Results'),
+             nbformat.v4.new_code_cell('x', outputs=[nbformat.v4.new_output('display_data', o) for o in outputs])]
+    path = folder / 'colorization' / f'{name}.ipynb'
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    path.with_suffix('.provenance.json').write_text(json.dumps(dict(error=error, seconds=3.2, started='2026-01-02T03:04:05+00:00', parameters=dict(scale='demo', seeds=[0, 1]),
+        git=dict(commit='0123456789abcdef', dirty=True), versions=dict(torch='9.9'), hardware=dict(cpu='CPU', cores=2, memory_gb=8, gpu=None))))
+    return path
+
+
+class References(HTMLParser):
+    "Every address and every tag of a page"
+    def __init__(self, page):
+        super().__init__()
+        self.addresses, self.tags, self.open = [], set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in ('meta', 'link', 'img', 'br'): self.open.append(tag)
+        self.addresses += [v for k, v in attrs if k in ('src', 'href', 'srcset', 'data', 'action')]
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+
+def test_one_offline_page_with_everything(tmp_path):
+    table = '<table onclick="x()"><tr><td>0.81 ± 0.02</td></tr></table><script src="https://cdn/x.js">alert(1)</script>'
+    path = executed(tmp_path, 'tab1_strategies', {'text/html': table}, {'image/png': PNG}, {'text/markdown': 'Found **three** [links](https://elsewhere)'}, {'text/plain': 'not shown'})
+    path.with_suffix('.claims.json').write_text(json.dumps([dict(about='A < B', ours='', published='+5.0 (Table I)', verdict='opposite', words='opposite (demo) · mechanism only')]))
+    executed(tmp_path, 'fig4_colours', error='cell 3: ValueError: <no films>', title='Figure 4: colours')
+    executed(tmp_path, 'tab3_datasets', title='Table III: data sets')
+    (tmp_path / 'failures.json').write_text(json.dumps([dict(what='all coloru seed 1', message='loss is NaN at step 40', log='../store/logs/x.log')]))
+    page = write_report(tmp_path).read_text()
+    for part in ('0.81 ± 0.02', f'data:image/png;base64,{PNG}', 'A &lt; B', 'opposite (demo) · mechanism only', 'First &lt;b&gt;claim&lt;/b&gt; &amp; more.', '&lt;no films&gt;', 'loss is NaN at step 40',
+                 '../store/logs/x.log', '0123456789, with uncommitted changes', '2026-01-02 03:04:05 UTC', 'torch 9.9', '0, 1', 'virtual patients: mechanisms, not clinical numbers',
+                 '2 of 3', '<strong>three</strong>', 'always equal or better than DECONV', 'prefers-color-scheme: dark', '@media print'):
+        assert part in page, part
+    assert 'not shown' not in page and 'alert' not in page and 'onclick' not in page
+    found = References(page)
+    assert found.open == [] and 'script' not in found.tags
+    assert all(a.startswith(('data:', '#', 'colorization/')) for a in found.addresses)
+    anchors = [a[1:] for a in found.addresses if a.startswith('#')]
+    assert anchors[:3] == ['colorization-tab1_strategies', 'colorization-fig4_colours', 'colorization-tab3_datasets']  # In the order in which they are made
+    assert all(f'id="{a}"' in page for a in anchors) and all((tmp_path / a).exists() for a in found.addresses if a.startswith('color'))
+    assert 'url(' not in page and '@import' not in page and len(page) < 5e6
+
+
+def test_saved_vectors_replace_displayed_pixels(tmp_path):
+    path = executed(tmp_path, 'tab1_strategies', {'image/png': PNG})
+    path.with_name('tab1_strategies.svg').write_text(SVG)
+    path.with_name('tab1_strategies_curves.svg').write_text(SVG)  # Saved, but not displayed
+    assert [b.figure[:18] for b in read_section(path).blocks] == ['data:image/svg+xml'] * 2
+    path.with_name('tab1_strategies.svg').write_text(SVG + ' ' * 500_000)  # Large: the notebook's pixels are shown
+    path.with_name('tab1_strategies_curves.svg').touch()
+    assert sorted(b.figure[:15] for b in read_section(path).blocks) == ['data:image/png;', 'data:image/svg+']
+
+
+@pytest.mark.parametrize('dirty, clean', [('<b onmouseover=x>a</b>', '<b>a</b>'), ('<a href="javascript:x">t</a>', 't'), ('<td colspan="2" style="x">1&lt;2</td>', '<td colspan="2">1&lt;2</td>'),
+                                          ('<td colspan="x">', '<td>'), ('<style>p{}</style><iframe src=x>in</iframe>out', 'out'), ('<svg><script>x</script></svg>y', 'y')])
+def test_html_of_outputs_is_reduced_to_tables_and_text(dirty, clean): assert clean_html(dirty) == clean
+
+
+def test_nothing_executed_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match='medxfer reproduce'): write_report(tmp_path)
