@@ -112,7 +112,7 @@ def convergence(
                        late_gain=('gain', 'max'), steps=('steps', 'first'), kept_at=('kept', lambda k: ', '.join(f'{x:g}' for x in k if x is not None)))
     return table.rename(columns=dict(late_gain='largest gain in the last quarter (points)', kept_at='kept at step'))
 
-# %% ../../nbs/api/repro/06_results.ipynb #5de6d32a
+# %% ../../nbs/api/repro/06_results.ipynb #6cdb3792
 REPLICATES = 1_000  # Of every bootstrap: its standard deviations are then known to 2 percent
 
 @dataclass(frozen=True)
@@ -143,7 +143,6 @@ class Contrast:
             except UndefinedAUC as e: return str(e)
         return {key: compare(a, b) for key, (a, b) in zip(self.data['keys'], self.data['pairs'])}
 
-# %% ../../nbs/api/repro/06_results.ipynb #4ba37d9b
 def observations(
     record: Record,  # A run
 ) -> list[str]:      # In the order of the columns of its predictions
@@ -243,7 +242,7 @@ def arm_of(
     "The row that a run belongs to."
     return Arm(recipe(config), config.module, scale.datasets.index(config.dataset), slot, config.n_train)
 
-# %% ../../nbs/api/repro/06_results.ipynb #03ff921f
+# %% ../../nbs/api/repro/06_results.ipynb #bc9226f2
 @dataclass(frozen=True)
 class Effect:
     "A published statement about the difference of two rows."
@@ -281,7 +280,6 @@ class Effect:
         if t := self.published: return f'{t.value:+.{t.digits}f}'
         return {1: '> 0, no number', -1: '< 0, no number', 0: 'no number'}[self.says]
 
-# %% ../../nbs/api/repro/06_results.ipynb #3e055eca
 def _strategies_effects(scale: Scale) -> list[Effect]:
     "Table I and Section V.A"
     found = []
@@ -630,7 +628,7 @@ def disputed(
     found = [c for c in contradictions('colorization') if any(c.source.endswith(s) for s in _SOURCES.get(item, ()))]
     return pd.DataFrame([dict(claim=c.claim, against=c.against, source=c.source) for c in found])
 
-# %% ../../nbs/api/repro/06_results.ipynb #31b9e093
+# %% ../../nbs/api/repro/06_results.ipynb #a7dce81a
 def label_pool(
     scale: Scale,
     data_root: Path | None = None,  # Folder of the publishers' data sets; virtual films need none
@@ -650,7 +648,6 @@ def label_counts(
     subset = pool.subset(draw_subset(settled.targets, n=scale.sizes[0], draw=0, seed=0))
     return {f'all {len(pool):,} films': pool.counts(), f'{len(subset):,} films, draw 0': subset.counts()}
 
-# %% ../../nbs/api/repro/06_results.ipynb #964d9225
 def label_balance(
     whole: pd.DataFrame,  # Counts of the training set, see `label_counts`
     part: pd.DataFrame,   # Counts of a subset
@@ -660,7 +657,7 @@ def label_balance(
     expected = whole[values].mul(part.sum(axis=1)/whole.sum(axis=1), axis=0)
     return (part[values] - expected).round(1)
 
-# %% ../../nbs/api/repro/06_results.ipynb #85353d81
+# %% ../../nbs/api/repro/06_results.ipynb #0b4fd52d
 def colour_module(
     record: Record,   # A run of the store
 ) -> nn.Module:       # Its T, in evaluation mode
@@ -685,7 +682,6 @@ def films_in_colour(
     order = sorted(runs, key=lambda r: list(MODULE_MARKERS).index(r.config.module))
     return films[:, 0].numpy(), {(r.config.module, recipe(r.config)): np.asarray(colour_module(r)(films)) for r in order}
 
-# %% ../../nbs/api/repro/06_results.ipynb #6119b431
 def colourfulness(
     films: np.ndarray,  # (K, S, S) gray
     colours: dict,      # (module, recipe) -> (K, 3, S, S)
