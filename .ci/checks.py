@@ -34,7 +34,7 @@ def main() -> None:
     steps = {
         'export and clean change nothing': lambda: unchanged('nbdev_export or nbdev_clean', (BIN/'nbdev_export',), (BIN/'nbdev_clean',)),
         'site and README': lambda: unchanged('the site build', (sys.executable, '.ci/build_site.py')),
-        'notebooks': lambda: [run(BIN/'nbdev_test', '--path', f'nbs/{d}', '--n_workers', WORKERS) for d in ('api', 'explanations')],
+        'notebooks': lambda: [run(BIN/'nbdev_test', '--path', f'nbs/{d}', '--n_workers', WORKERS) for d in ('api', 'explanations', 'index.ipynb')],
         'pytest': lambda: run(sys.executable, '-m', 'pytest', '-q', 'tests'),
     }
     for name, step in steps.items():
