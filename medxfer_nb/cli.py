@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'PAPERS', 'StoreOption', 'STORE', 'assets', 'Names', 'ArgumentError', 'clear_errors', 'medxfer', 'show_table',
-           'choose', 'paper_notebooks', 'parse_seeds', 'Item', 'select_items', 'missing_runs', 'needed_assets',
-           'show_plan', 'library_hash', 'Drawing', 'Drawings', 'write_failures', 'reproduce', 'runs', 'list_assets',
-           'fetch_assets', 'verify_assets', 'report']
+           'choose', 'paper_notebooks', 'parse_seeds', 'Item', 'select_items', 'default_jobs', 'missing_runs',
+           'needed_assets', 'show_plan', 'library_hash', 'Drawing', 'Drawings', 'write_failures', 'reproduce', 'runs',
+           'list_assets', 'fetch_assets', 'verify_assets', 'report']
 
-# %% ../nbs/api/cli.ipynb #95cf4760
-import importlib, json, os, shutil, sys, time, traceback, warnings
+# %% ../nbs/api/cli.ipynb #0d22f87a
+import importlib, json, os, shutil, signal, sys, time, traceback, warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -128,10 +128,20 @@ def _runs(paper, item, scale, seeds) -> list:
     module = importlib.import_module(PAPERS[paper])
     return module.item_runs(item, module.scale_named(scale), seeds)
 
-# %% ../nbs/api/cli.ipynb #ed50d403
+# %% ../nbs/api/cli.ipynb #0910dbf2
 def _cores() -> int:
     from medxfer_nb.repro.store import hardware
     return hardware()['cores']
+
+def default_jobs(
+    scale:str # Name of a scale
+) -> int:
+    "Runs at once: one per core, with 2 GB of memory each, at most 8; at paper scale a GPU is not shared"
+    from medxfer_nb.repro.store import hardware
+    if scale == 'paper':
+        import torch
+        if torch.cuda.is_available(): return 1
+    return max(1, min(_cores(), hardware()['memory_gb']//2, 8))
 
 def missing_runs(
     item:Item, # A table or figure
@@ -188,7 +198,7 @@ def show_plan(
     for paper in dict.fromkeys(i.paper for i in items): typer.echo(f'{scale} scale from nothing needs {importlib.import_module(PAPERS[paper]).scale_named(scale).needs}')
     if fetch := needed_assets(plan): typer.echo('to fetch: ' + ', '.join(f'{n} ({ASSETS[n].megabytes:.0f} MB)' for n in fetch))
 
-# %% ../nbs/api/cli.ipynb #93e3da9a
+# %% ../nbs/api/cli.ipynb #580dcb3c
 @lru_cache(maxsize=None)
 def library_hash() -> str: # 16 hexadecimal digits
     "Hash of what the library does, and of the results committed with it"
@@ -223,6 +233,10 @@ class Drawing:
         except (OSError, ValueError): return False
         return self.output.exists() and not known['error'] and known.get('stamp') == self.stamp
 
+    def clear(self) -> None:
+        "Remove an earlier execution, so that it cannot pass for this one if this one fails"
+        for p in (self.sidecar, self.output, self.output.with_suffix('.claims.json')): p.unlink(missing_ok=True)
+
     def draw(self,
         jobs:int # Notebooks at once; this one gets its share of the cores
     ): # notebooks.Executed
@@ -233,7 +247,7 @@ class Drawing:
         if not done.error: write_json(self.sidecar, done.provenance | dict(stamp=stamp, runs=len(self.runs)))
         return done
 
-# %% ../nbs/api/cli.ipynb #9d12cd60
+# %% ../nbs/api/cli.ipynb #91a6bf52
 class Drawings:
     "Executes notebooks in the background, each when its runs are there"
     def __init__(self,
@@ -243,7 +257,8 @@ class Drawings:
         say:Callable=typer.echo # Takes a line
     ):
         self.waiting, self.out, self.jobs, self.say = {d: set(k) for d, k in waiting.items()}, out, jobs, say
-        self.pool, self.running, self.failures, self.total = ThreadPoolExecutor(jobs), {}, [], len(waiting)
+        self.pool, self.running, self.failures = ThreadPoolExecutor(jobs), {}, []
+        for d in waiting: d.clear()
         self._begin()
 
     def _begin(self):
@@ -270,12 +285,20 @@ class Drawings:
 
     def _told(self, drawing:Drawing, task:Future) -> None:
         from medxfer_nb.repro.jobs import duration
-        from medxfer_nb.repro.report import write_report
-        done = task.result()
+        from medxfer_nb.repro.notebooks import Executed
+        try: done = task.result()
+        except Exception as e: done = Executed(drawing.item.name, drawing.output, 0., f'{type(e).__name__}: {e}')
         if done.error: self.failures.append(dict(what=done.notebook, message=done.error, log=str(done.output)))
         self.say(f'notebook {done.notebook} · {duration(done.seconds)} · ' + (f'failed: {done.error} · see {_near(done.output)}' if done.error else _near(done.output)))
-        write_failures(self.out, self.failures)
-        write_report(self.out)
+        self._report()
+
+    def _report(self) -> None:
+        "Bring the report up to date; whatever prevents that is no reason to stop training"
+        from medxfer_nb.repro.report import write_report
+        try:
+            write_failures(self.out, self.failures)
+            write_report(self.out)
+        except Exception as e: self.say(f'report: not written yet ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}); tried again at the end')
 
     def finish(self) -> None:
         "Wait for the rest"
@@ -296,14 +319,14 @@ def write_failures(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'failures.json', [dict(f, log=os.path.relpath(f['log'], out) if f['log'] else '') for f in failures])
 
-# %% ../nbs/api/cli.ipynb #a3c490be
+# %% ../nbs/api/cli.ipynb #59ab05f6
 def _checked(paper, scale, data_root, jobs) -> list: # Names of papers
     "Refuse what cannot be reproduced"
     if paper: choose('paper', paper, PAPERS)
     choose('scale', scale, ('smoke', 'demo', 'study', 'paper'))
     if data_root and not data_root.is_dir(): raise ArgumentError(f"--data-root: '{data_root}' is not a folder")
     if scale == 'paper' and not data_root: raise ArgumentError("paper scale needs --data-root: the folder that holds the publishers' data sets")
-    if jobs < 0: raise ArgumentError(f'--jobs: {jobs} runs at once make no sense; give 1 or more (default: one per core)')
+    if jobs is not None and jobs < 1: raise ArgumentError(f'--jobs: {jobs} runs at once make no sense; give 1 or more (default: what cores and memory allow)')
     return [paper] if paper else list(PAPERS)
 
 def _drawings(items, plan, out, scale, seeds, parameters) -> dict: # Drawing -> keys of missing runs; current ones left out
@@ -338,10 +361,10 @@ def _finish(out, failures) -> None:
     from medxfer_nb.repro.report import write_report
     write_failures(out, failures)
     for f in failures: typer.echo(f"failed: {f['what']}: {f['message']}" + (f"\n  log: {_near(f['log'])}" if f['log'] else ''), err=True)
-    if any(out.glob('*/*.ipynb')): typer.echo(f'report: {_near(write_report(out))}')
+    typer.echo(f'report: {_near(write_report(out))}')
     if failures: raise typer.Exit(1)
 
-# %% ../nbs/api/cli.ipynb #d29380db
+# %% ../nbs/api/cli.ipynb #eb0868b0
 _STORE_HELP = 'Where runs are kept. Default: $MEDXFER_STORE, else results/store.'
 _OUT_HELP = 'Where executed notebooks, figures and the report go. Default: results/SCALE.'
 _SCALE_HELP = 'smoke (seconds, a test), demo, study or paper.'
@@ -356,7 +379,7 @@ def reproduce(
     scale:Annotated[str, typer.Option(metavar='SCALE', help=_SCALE_HELP)]='demo',
     data_root:Annotated[Path, typer.Option(metavar='DIR', help="Folder with the publishers' data sets; needed at paper scale.")]=None,
     seeds:Annotated[str, typer.Option(metavar='N,N', help='One run per seed, e.g. 0,1,2. Default: as many as the scale says.')]='',
-    jobs:Annotated[int, typer.Option(metavar='N', help='Runs at once. Default: one per core.')]=0,
+    jobs:Annotated[int, typer.Option(metavar='N', help='Runs at once. Default: one per core and 2 GB of memory, at most 8; one at paper scale with a GPU.')]=None,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Show the plan and stop.')]=False,
     store:StoreOption=STORE,
     out:Annotated[Path, typer.Option(metavar='DIR', help=_OUT_HELP)]=None,
@@ -367,7 +390,7 @@ def reproduce(
     from medxfer_nb.repro import jobs as machinery
     from medxfer_nb.repro.store import Store
     items = select_items(papers, only, scale, wanted, notebooks)
-    store, out, jobs = Store(store), out or Path('results')/scale, jobs or _cores()
+    store, out, jobs = Store(store), out or Path('results')/scale, jobs or default_jobs(scale)
     plan = machinery.plan([c for i in items for c in i.configs], store, data_root)
     show_plan(items, plan, store, scale)
     todo = _drawings(items, plan, out, scale, wanted, dict(data_root=str(data_root or ''), store=str(store.root.resolve())))
@@ -375,9 +398,14 @@ def reproduce(
     if dry_run: return
     _carry_out(plan, store, data_root, jobs, todo, out)
 
+def _heed_interrupts() -> None:
+    "Let Ctrl-C, and kill -INT, work in the background too: a shell without job control starts what it puts there with interrupts ignored"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def _carry_out(plan, store, data_root, jobs, todo, out) -> None:
     "Fetch, train, draw, report"
     from medxfer_nb.data.assets import fetch
+    _heed_interrupts()
     try:
         for name in needed_assets(plan): fetch(name, say=typer.echo)
         drawings = Drawings(todo, out, jobs)

@@ -1,4 +1,5 @@
 "The command line: what it says, what it refuses, what it does once and not again."
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from medxfer_nb.cli import app
+from medxfer_nb.cli import Drawings, _heed_interrupts, app, default_jobs
 from medxfer_nb.data.assets import ASSETS
 from medxfer_nb.repro import scales
 from medxfer_nb.repro.jobs import load_or_run
@@ -62,7 +63,7 @@ def test_help_is_there_at_once():
 @pytest.mark.parametrize('args, valid', [
     (['reproduce', 'colourisation'], 'choose colorization'), (['reproduce', '--scale', 'tiny'], 'choose smoke, demo, study, paper'),
     (['reproduce', '--only', 'tab9'], 'tab1_strategies'), (['reproduce', '--only', 'tab1,tab'], 'tab1_strategies'), (['reproduce', '--seeds', '0,x'], '--seeds 0,1,2'),
-    (['reproduce', '--seeds', '1,1'], 'twice'), (['reproduce', '--jobs', '-1'], '1 or more'), (['reproduce', '--scale', 'paper'], 'needs --data-root'),
+    (['reproduce', '--seeds', '1,1'], 'twice'), (['reproduce', '--jobs', '-1'], '1 or more'), (['reproduce', '--jobs', '0'], '1 or more'), (['reproduce', '--scale', 'paper'], 'needs --data-root'),
     (['reproduce', '--data-root', 'nowhere'], 'not a folder'), (['reproduce', '--notebooks', 'nowhere'], 'give --notebooks'),
     (['runs', '--prune', 'old'], 'choose stale, damaged, unfinished, all'), (['assets', 'fetch', 'chest'], 'choose chest-ct,'), (['report', '--scale', 'big'], 'choose smoke'),
     (['report', '--out', 'nowhere'], 'medxfer reproduce')])
@@ -134,6 +135,45 @@ def test_failures_are_told_and_the_others_go_on(quick, monkeypatch):
     assert len(Store(quick / 'results/store').keys()) == 1
     again = run(*REPRODUCE, '--dry-run').output
     assert '1 to train' in again and '2 of 3 notebooks to execute' in again  # What failed is tried again, what went well is not
+
+
+def test_an_earlier_section_does_not_pass_for_one_that_could_not_be_drawn(quick, monkeypatch):
+    assert run(*REPRODUCE, '--only', 'tab1').exit_code == 0
+    folder = quick / 'results/smoke/colorization'
+    (folder / 'tab1_strategies.claims.json').write_text('[]')
+    monkeypatch.setitem(LR, 1, 1e30)  # Another run than the stored one, and it diverges
+    assert run(*REPRODUCE, '--only', 'tab1').exit_code == 1
+    page = (quick / 'results/smoke/report.html').read_text()
+    assert list(folder.iterdir()) == [] and 'A claim.' not in page and 'NaN at step' in page
+
+
+def test_a_report_that_cannot_be_written_does_not_stop_the_rest(tmp_path, monkeypatch):
+    def broken(folder): raise OSError('disk is full')
+    monkeypatch.setattr('medxfer_nb.repro.report.write_report', broken)
+    class Broken:
+        item, output = Path('tab1'), tmp_path / 'tab1.ipynb'
+        def clear(self): pass
+        def draw(self, jobs): raise ValueError('no source')
+    said = []
+    drawings = Drawings({Broken(): set()}, tmp_path, 1, said.append)
+    drawings.finish()
+    assert 'no source' in said[0] and 'disk is full' in said[1] and [f['what'] for f in drawings.failures] == ['tab1']
+
+
+@pytest.mark.parametrize('cores, memory, jobs', [(4, 64, 4), (64, 256, 8), (16, 7, 3), (1, 1, 1)])
+def test_runs_at_once_fit_the_machine(monkeypatch, cores, memory, jobs):
+    monkeypatch.setattr('medxfer_nb.repro.store.hardware', lambda: dict(cores=cores, memory_gb=memory))
+    assert default_jobs('demo') == jobs
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    assert default_jobs('paper') == 1 and default_jobs('study') == jobs
+
+
+def test_interrupts_work_in_the_background_of_a_script():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _heed_interrupts()
+        with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)
+    finally: signal.signal(signal.SIGINT, before)
 
 
 def test_runs_are_listed_and_pruned(quick):

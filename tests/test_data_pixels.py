@@ -55,10 +55,27 @@ def test_bits_and_photometric(tmp_path, bits, syntax):
     near(read_pixels(dicom(tmp_path/'b', x, bits, syntax, PhotometricInterpretation='MONOCHROME1')), 255 - x / (2**bits - 1) * 255)
 
 def test_signed(tmp_path):
-    x = values(-2048, 2047)
-    near(read_pixels(dicom(tmp_path/'a', x, 12)), (x + 2048) / 4095 * 255)
-    x8 = values(-128, 127)
-    near(read_pixels(dicom(tmp_path/'b', x8, 8)), x8 + 128)
+    for bits, low, high in ((12, -2048, 2047), (8, -128, 127), (16, -1024, 3071)):
+        x = values(low, high)
+        expected = (x - x.min()) / (x.max() - x.min()) * 255
+        near(read_pixels(dicom(tmp_path/'a', x, bits)), expected)
+        near(read_pixels(dicom(tmp_path/'b', x, bits, PhotometricInterpretation='MONOCHROME1')), 255 - expected)
+        near(read_pixels(dicom(tmp_path/'c', x, bits, RescaleSlope=-2, RescaleIntercept=7)), 255 - expected)
+    near(read_pixels(dicom(tmp_path/'d', np.full((4, 6), -5), 12)), np.zeros((4, 6)))
+
+@pytest.mark.parametrize('stored', [8, 10, 12, 14, 16])
+def test_fewer_bits_than_the_file_holds(tmp_path, stored):
+    x = values(0, 2**stored - 1)
+    x[0, 0] = 2**stored - 1
+    expected = x / (2**stored - 1) * 255
+    Image.fromarray(x.astype(np.uint16)).save(tmp_path/'a.png')
+    path = dicom(tmp_path/'a', x, 16)
+    assert np.array_equal(read_pixels(path), read_pixels(tmp_path/'a.png'))
+    near(read_pixels(path), expected)
+    near(read_pixels(dicom(tmp_path/'b', x, 16, PhotometricInterpretation='MONOCHROME1')), 255 - expected)
+    near(read_pixels(dicom(tmp_path/'c', x, 16, RescaleSlope=.5, RescaleIntercept=-9)), expected)
+    near(read_pixels(dicom(tmp_path/'d', x, 16, ModalityLUTSequence=[lut(0, np.arange(2**16), 16)])), expected)
+    near(read_pixels(dicom(tmp_path/'e', x, 16, WindowCenter=2**15, WindowWidth=2**16)), x / 65535 * 255) # a window is a window
 
 @pytest.mark.parametrize('function', ['LINEAR', 'LINEAR_EXACT', 'SIGMOID'])
 @pytest.mark.parametrize('slope,intercept', [(1, 0), (2.5, -1000), (-1, 4095)])
@@ -176,6 +193,17 @@ def test_truncated_dicom(tmp_path, kept):
                                           (dict(PhotometricInterpretation='PALETTE COLOR'), 'PALETTE COLOR'), (dict(BitsStored=32), '32 bits')])
 def test_refused_dicom(tmp_path, elements, why):
     with pytest.raises(PixelError, match=f'film.dcm: .*{why}'): read_pixels(dicom(tmp_path/'film.dcm', values(0, 4095), 12, **elements))
+
+@pytest.mark.parametrize('error,text', [(ValueError(), 'ValueError'), (ValueError(''), 'ValueError'), (RuntimeError('first\nsecond'), 'first'), (ValueError('\n'), 'ValueError')])
+@pytest.mark.parametrize('file', ['film.dcm', 'film.png'])
+def test_errors_without_text(tmp_path, monkeypatch, error, text, file):
+    def fail(*args, **kw): raise error
+    x = values(0, 255)
+    if file == 'film.dcm': dicom(tmp_path/file, x, 8)
+    else: Image.fromarray(x.astype(np.uint8)).save(tmp_path/file)
+    monkeypatch.setattr('medxfer_nb.data.pixels.pixel_array', fail)
+    monkeypatch.setattr('medxfer_nb.data.pixels.Image.open', fail)
+    with pytest.raises(PixelError, match=f'{file}: [a-z ]*: {text}$'): read_pixels(tmp_path/file)
 
 def test_dicom_without_pixels(tmp_path):
     path = dicom(tmp_path/'film.dcm', values(0, 4095), 12)

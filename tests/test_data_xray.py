@@ -91,10 +91,11 @@ def test_damage_in_the_middle(tmp_path):
     assert check_images(tmp_path, pd.Series(['a.png']))[0] == ''
     assert 'damaged' in check_images(tmp_path, pd.Series(['a.png']), decode=True)[0]
 
-EXTRA = [(line('train', 9, Edema='2'), "label Edema = '2'"), (line('train', 9, Edema='yes'), "label Edema = 'yes'"), (line('train', 9, Edema='0.5'), "label Edema = '0.5'"),
-         (line('train', 9, Edema='nan'), "label Edema = 'nan'"), (line('train', 1), 'listed twice'), (line('train', 64542), 'also in valid.csv line 3'),
+EXTRA = [(line('train', 9, Edema='2'), "label Edema = '2'"), (line('train', 9, Edema='yes'), 'label Edema = (not a number'), (line('train', 9, Edema='68'), 'label Edema = (not a number from -9 to 9)'), (line('train', 9, Edema='0.5'), "label Edema = '0.5'"),
+         (line('train', 9, Edema='nan'), 'label Edema = (not a number from'), (line('train', 1), 'listed twice'), (line('train', 64542), 'also in valid.csv line 3'),
          ('CheXpert-v1.0-small/train/view1_frontal.jpg,F,1,Frontal,AP' + ','*14, 'not of the form'), (line('valid', 9), 'not of the form'),
-         (line('train', 9, view='oblique'), "Frontal/Lateral = 'oblique'")]
+         (line('train', 9, view='oblique'), "Frontal/Lateral = 'oblique'"), (line('train', 10).rstrip(','), 'the line has 5 fields, not 19'),
+         (line('train', 11, Edema='1.0') + ',1.0', 'the line has 20 fields, not 19')]
 
 @pytest.mark.parametrize('bad,why', EXTRA, ids=[why for _, why in EXTRA])
 def test_faulty_line(chexpert, bad, why):
@@ -109,9 +110,9 @@ def test_faulty_line(chexpert, bad, why):
 def test_all_faults_at_once(chexpert):
     good = (chexpert/'CheXpert-v1.0-small/train.csv').read_text().splitlines()[1:]
     write_chexpert(chexpert, 'train', good + [l for l, _ in EXTRA])
-    with pytest.raises(CaseError, match='train.csv line 7: .*8 more faults'): read_chexpert(chexpert)
+    with pytest.raises(CaseError, match='train.csv line 7: .*11 more faults'): read_chexpert(chexpert)
     c, _ = quiet(read_chexpert, chexpert)
-    assert len(c) == 5 and skipped(c)['source'].tolist() == [f'train.csv line {i}' for i in range(7, 16)]
+    assert len(c) == 5 and skipped(c)['source'].tolist() == [f'train.csv line {i}' for i in range(7, 19)]
     write_chexpert(chexpert, 'train', [l for l, _ in EXTRA[:3]])
     with pytest.raises(CaseError, match='no usable rows; train.csv line 2'): quiet(read_chexpert, chexpert)
 
@@ -127,14 +128,24 @@ def test_shared_patient_leaves_training_only(chexpert):
 def test_faulty_tables(chexpert):
     table = chexpert/'CheXpert-v1.0-small/train.csv'
     text = table.read_text()
-    for new, why in [(text.replace('Edema', 'Oedema'), 'line 1: missing column Edema'), (text.splitlines()[0] + '\n', 'has no rows'), ('', 'No columns'),
-                     (text + 'a' + ',b'*40 + '\n', 'line 7'), ('Path\n\xff', 'codec')]:
+    for new, why in [(text.replace('Edema', 'Oedema'), 'line 1: missing column Edema'), (text.splitlines()[0] + '\n', 'has no rows'), ('', 'has no rows'),
+                     (text + 'a' + ',b'*40 + '\n', 'line 7: the line has 41 fields, not 19'), (text.replace('Female', '"Female'), 'line 2: the line has 2 fields, not 19.*; 4 more faults'), ('Path\n\xff', 'codec')]:
         table.write_text(new, encoding='latin-1')
         with pytest.raises(CaseError, match=f'train.csv.*{why}'): read_chexpert(chexpert)
     table.write_text('\ufeff' + text + '\n\n', encoding='utf-8') # byte order mark, blank lines at the end, as spreadsheets leave them
     assert len(read_chexpert(chexpert)) == 5
     table.unlink()
     with pytest.raises(CaseError, match='no train.csv in'): read_chexpert(chexpert)
+
+def test_quoted_fields_and_windows_lines(chexpert):
+    table, before = chexpert/'CheXpert-v1.0-small/train.csv', read_chexpert(chexpert).frame
+    table.write_bytes(table.read_bytes().replace(b'Female', b'"Fe,""male"').replace(b'\n', b'\r\n'))
+    assert read_chexpert(chexpert).frame.equals(before)
+
+def test_unreadable_later_names_the_line(chexpert):
+    c = read_chexpert(chexpert)
+    damage(chexpert/'CheXpert-v1.0-small/train/patient00002/study2/view1_frontal.jpg', 'cut')
+    with pytest.raises(CaseError, match=r'view1_frontal.jpg: .*\(row 3, train.csv line 5\)'): c.image(3)
 
 def test_arguments_name_the_valid_ones(chexpert):
     for kw, why in [(dict(split='test'), "'train', 'valid'"), (dict(views='side'), "'all', 'frontal', 'lateral'"), (dict(policy='maybe'), "'paper', 'ones'"),
@@ -190,6 +201,8 @@ def test_nih_newer_table_first(tmp_path):
     (lambda r: write_nih(r, [*NIH[:4], ('00000003_001.png', 'No Finding|Edema', 1, 3)]), 'test', "v2020.csv line 6: 'No Finding' beside findings"),
     (lambda r: write_nih(r, [*NIH[:4], ('00000003_001.png', 'Edema', '', 3)]), 'test', 'v2020.csv line 6: the patient or study is blank'),
     (lambda r: write_nih(r, [*NIH[:4], ('00000003_001.png', 'Edema', 1, '')]), 'test', 'v2020.csv line 6: the patient or study is blank'),
+    (lambda r: write_nih(r, [*NIH[:4], ('00000003_001.png', 'Edema', 1)]), 'test', 'v2020.csv line 6: the line has 10 fields, not 11'),
+    (lambda r: (r/'test_list.txt').write_text(f'{NIH[3][0]}\n{NIH[4][0]},Edema'), 'test', 'test_list.txt line 2: the line has 2 fields, not 1'),
     (lambda r: shutil.rmtree(r/'images'), 'test', "neither a folder 'images'"),
     (lambda r: (r/'Data_Entry_2017_v2020.csv').unlink(), 'test', 'no Data_Entry_2017_v2020.csv or Data_Entry_2017.csv in'),
     (lambda r: (r/'Data_Entry_2017_v2020.csv').write_text('Image Index,Findings\na.png,Edema\n'), 'test', 'line 1: missing column Patient ID, Follow-up #, View Position, Finding Labels')])
@@ -250,6 +263,10 @@ STUDIES, IMAGES, SECOND = 'MURA-v1.1/train_labeled_studies.csv', 'MURA-v1.1/trai
 @pytest.mark.parametrize('change,why,left', [
     (edit(STUDIES, 'negative/,0', 'negative/,3'), r"train_labeled_studies.csv line 2: label '3', allowed are 1 and 0", 4),
     (edit(STUDIES, 'negative/,0', 'negative/,'), "train_labeled_studies.csv line 2: label ''", 4),
+    (edit(STUDIES, 'negative/,0', 'negative/,F'), r"train_labeled_studies.csv line 2: label \(not a number from", 4),
+    (edit(STUDIES, 'negative/,0', 'negative/'), 'train_labeled_studies.csv line 2: the line has 1 fields, not 2', 4),
+    (edit(STUDIES, 'negative/,0', 'negative/,0,0'), 'train_labeled_studies.csv line 2: the line has 3 fields, not 2', 4),
+    (edit(IMAGES, f'{SECOND}image2.png', f'{SECOND}image2.png,1'), 'train_image_paths.csv line 5: the line has 2 fields, not 1', 5),
     (edit(STUDIES, 'negative/,0', 'negative/,1'), 'train_labeled_studies.csv line 2: the label contradicts', 4),
     (edit(STUDIES, f'{SECOND},0\n', ''), 'train_image_paths.csv line 4: its study has no usable label in train_labeled_studies.csv', 4),
     (edit(STUDIES, f'{SECOND},0\n', f'{SECOND},0\n{SECOND},0\n'), 'train_labeled_studies.csv line 3: this study is listed twice', 6),

@@ -1,5 +1,5 @@
 """Colour modules, encoders and cards against closed forms, other networks and damaged files."""
-import copy
+import copy, random
 
 import pytest, timm, torch
 from torch import nn
@@ -95,6 +95,24 @@ def test_any_backbone(name, options):
     assert all(p.grad is not None for p in T + C)
 
 
+@pytest.mark.parametrize('name', ['nf_resnet26', 'resnetv2_50x1_bit'])
+def test_weight_sum_of_standardised_weights(name):
+    E = timm.create_model(name, num_classes=0)
+    before, rng = {k: v.clone() for k, v in E.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(ValueError, match="take the colour module 'none' instead"): cz.sum_first_conv(E)
+    assert all(torch.equal(v, before[k]) for k, v in E.state_dict().items()) and torch.equal(rng, torch.get_rng_state())
+    assert E(torch.zeros(1, 3, 64, 64)).ndim == 2 # still the network it was
+    cz.colorized_net('none', name, 2)
+
+
+def test_measuring_keeps_the_mode_of_each_layer():
+    E = timm.create_model('resnet18', num_classes=0)
+    E.layer1.eval()
+    modes = [m.training for m in E.modules()]
+    assert cz.feature_width(E) == 512 and cz.gmacs(E, (3, 64, 64)) > 0
+    assert modes == [m.training for m in E.modules()] and len(set(modes)) == 2
+
+
 def test_weights_of_a_classifier_load_strictly(tmp_path):
     full = timm.create_model('densenet121')
     file = tmp_path/'densenet.pth'
@@ -110,7 +128,11 @@ def test_no_code_is_unpickled(tmp_path):
     class Payload:
         def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
     torch.save({'weight': Payload()}, tmp_path/'evil.pth')
-    with pytest.raises(Exception, match='(?i)weights.only'): cz.read_weights(tmp_path/'evil.pth')
+    torch.save(nn.Linear(2, 2), tmp_path/'module.pth')
+    (tmp_path/'text.pth').write_text('not weights')
+    for file, why in dict(evil='holds a pickled module, not a state dict', module='holds a pickled module, not a state dict', text='is damaged').items():
+        with pytest.raises(ValueError, match=f'{file}.pth {why}') as e: cz.read_weights(tmp_path/f'{file}.pth')
+        assert 'weights_only' not in str(e.value) and e.value.__suppress_context__
     assert not (tmp_path/'ran').exists()
 
 
@@ -164,6 +186,41 @@ def test_released_modules(name, prefix, tmp_path):
     del state[list(state)[0]]
     torch.save(state, tmp_path/'released.pth')
     with pytest.raises(ValueError, match='weights do not fit'): cz.load_colorizer(tmp_path/'released.pth', name)
+
+
+@pytest.mark.parametrize('name', COLOUR)
+def test_own_weights_without_card(name, tmp_path):
+    T = cz.new_colorizer(name)
+    for p in T.parameters(): nn.init.normal_(p)
+    own = T.state_dict()
+    cz.save_colorizer(T, tmp_path/'T', 0.5, 0.25, 'noise', 'CC0')
+    (tmp_path/'T.json').unlink()
+    shuffled = {k: own[k] for k in random.Random(0).sample(list(own), len(own))}
+    torch.save({f'module.deco.{k}': v for k, v in shuffled.items()}, tmp_path/'shuffled.pth')
+    for file in ('T', 'T.safetensors', 'shuffled.pth'):
+        again = cz.load_colorizer(tmp_path/file, name).state_dict()
+        assert all(torch.equal(v, again[k]) for k, v in own.items())
+    cz.save_file({f'u.{k}': v for k, v in own.items()}, tmp_path/'foreign.safetensors')
+    with pytest.raises(ValueError, match='keep the order.*original .pth'): cz.load_colorizer(tmp_path/'foreign', name)
+    foreign = {f'u.{k}': own[k] for k in reversed(own)}
+    with pytest.raises(ValueError, match='the order of the layers was lost'): cz.match_layers(foreign, T)
+
+
+def test_names_with_dots(tmp_path):
+    for lr in (0.1, 0.2): cz.save_colorizer(cz.Affine(), tmp_path/f'T-lr{lr}', lr, 0.25, 'noise', 'CC0')
+    cz.save_colorizer(cz.Affine(), tmp_path/'T.safetensors', 0.3, 0.25, 'noise', 'CC0')
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.{s}' for n in ('T-lr0.1', 'T-lr0.2', 'T') for s in ('json', 'safetensors')]
+    for name, mean in {'T-lr0.1': 0.1, 'T-lr0.2.json': 0.2, 'T-lr0.2.safetensors': 0.2, 'T': 0.3}.items():
+        assert cz.load_colorizer(tmp_path/name).card.mean == mean
+    with pytest.raises(ValueError, match='leave .pth away'): cz.save_colorizer(cz.Affine(), tmp_path/'T.pth', 0.3, 0.25, 'noise', 'CC0')
+
+
+def test_interrupted_save_leaves_the_old_pair(tmp_path, monkeypatch):
+    cz.save_colorizer(cz.Affine(), tmp_path/'T', 0.5, 0.25, 'old', 'CC0')
+    def full(state, file): file.write_bytes(b'half'); raise OSError('disk full')
+    monkeypatch.setattr(cz, 'save_file', full)
+    with pytest.raises(OSError): cz.save_colorizer(cz.Affine(), tmp_path/'T', 0.1, 0.25, 'new', 'CC0')
+    assert cz.load_colorizer(tmp_path/'T').card.trained_on == 'old'
 
 
 def test_cards_are_checked(tmp_path):

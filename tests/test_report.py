@@ -72,6 +72,21 @@ def test_saved_vectors_replace_displayed_pixels(tmp_path):
     assert sorted(b.figure[:15] for b in read_section(path).blocks) == ['data:image/png;', 'data:image/svg+']
 
 
+def test_verdicts_are_counted_by_the_scale_of_their_runs(tmp_path):
+    claims = [dict(about='a', verdict='same direction'), dict(about='b', verdict='opposite', scale='study'), dict(about='c', verdict='opposite', scale='demo')]
+    executed(tmp_path, 'tab1_strategies').with_suffix('.claims.json').write_text(json.dumps(claims))
+    head = re.sub('<[^>]+>', ' ', write_report(tmp_path).read_text().split('<header>')[1].split('</header>')[0])
+    own, committed = ' '.join(head.split()).split('Verdicts at demo scale')[1].split('Verdicts at study scale')
+    assert own.split() == '1 opposite 1 same direction'.split() and committed.strip() == ', from results committed with the library 1 opposite'
+
+
+def test_a_notebook_that_is_still_executed_is_left_out(tmp_path):
+    executed(tmp_path, 'tab1_strategies')
+    (tmp_path / 'colorization/fig4_colours.ipynb').write_text('{"cells": [')
+    page = write_report(tmp_path).read_text()
+    assert '1 of 1' in page and 'fig4_colours' not in page
+
+
 @pytest.mark.parametrize('dirty, clean', [('<b onmouseover=x>a</b>', '<b>a</b>'), ('<a href="javascript:x">t</a>', 't'), ('<td colspan="2" style="x">1&lt;2</td>', '<td colspan="2">1&lt;2</td>'),
                                           ('<td colspan="x">', '<td>'), ('<style>p{}</style><iframe src=x>in</iframe>out', 'out'), ('<svg><script>x</script></svg>y', 'y')])
 def test_html_of_outputs_is_reduced_to_tables_and_text(dirty, clean): assert clean_html(dirty) == clean

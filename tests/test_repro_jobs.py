@@ -83,14 +83,15 @@ def sweep(root, n=1):
 
 def start(root, *args, pause=.01):
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), DIGITS_PAUSE=str(pause), OMP_NUM_THREADS='1')
-    code = f'import test_repro_jobs as t; t.sweep(*{[str(root), *args]!r})'
+    # In the background of a script's shell SIGINT is ignored, which a child inherits
+    code = f'import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import test_repro_jobs as t; t.sweep(*{[str(root), *args]!r})'
     return subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def notes(root, kind): return [l for l in (Path(root) / 'notes.txt').read_text().splitlines() if l.startswith(kind)]
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and process.poll() is None
@@ -146,7 +147,7 @@ def test_killed_sweep_ends_with_the_same_numbers(reference, tmp_path):
 
 def test_two_processes_share_the_work(reference, tmp_path):
     both = [start(tmp_path) for _ in range(2)]
-    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    assert [p.wait(timeout=300) for p in both] == [0, 0]
     assert len(notes(tmp_path, 'end')) == 12 and len(notes(tmp_path, 'step')) == 12 * 40
     runs = load_or_run(WANTED, tmp_path / 'store', data_root=tmp_path, progress=pytest.fail)
     assert [r.metrics for r in runs] == [r.metrics for r in reference[1]]
@@ -199,7 +200,7 @@ def test_interrupt_and_kill_leave_no_children(tmp_path):
         process = start(root, '2', pause=.5)
         wait_for(lambda: (root / 'notes.txt').exists(), process)
         process.send_signal(sig)
-        assert process.wait(timeout=20) != 0
+        assert process.wait(timeout=60) != 0
         time.sleep(2)
         before = len(notes(root, 'step'))
         time.sleep(1.2)
@@ -214,6 +215,35 @@ def test_the_key_covers_data_but_not_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], 'DATA', 1)
     monkeypatch.setenv('OMP_NUM_THREADS', '7')
     assert plan([WANTED[1]], store, data_root='/elsewhere').wanted[0].key == key
+
+
+GARDEN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from medxfer_nb.repro.jobs import Experiment
+from medxfer_nb.repro.store import Result, RunConfig
+@dataclass(frozen=True, kw_only=True)
+class Plant(RunConfig): paper: ClassVar[str] = 'garden'
+def train(config, context): return Result(dict(height=1.))
+EXPERIMENT = Experiment(config=Plant, train=train)
+'''
+
+
+def test_a_process_that_imported_older_code_is_asked_to_restart(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(EXPERIMENTS, 'garden', 'some_garden:EXPERIMENT')
+    file, store = tmp_path / 'some_garden.py', tmp_path / 'store'
+    file.write_text(GARDEN)
+    from some_garden import Plant
+    load_or_run([Plant()], store, progress=None, strict=True)
+    file.write_text(GARDEN + '# A comment changes nothing')
+    load_or_run([Plant(seed=1)], store, progress=None, strict=True)
+    file.write_text(GARDEN.replace('1.', '20.'))
+    with pytest.raises(ConfigError, match='some_garden changed on disk.*restart the kernel'): load_or_run([Plant()], store, progress=None)
+    assert len(Store(store).keys()) == 2
+    fresh, = load_or_run([Plant()], store, jobs=2, progress=None, strict=True)  # Processes import what is there now
+    assert fresh.metrics == dict(height=20.)
+    monkeypatch.delitem(sys.modules, 'some_garden')
 
 
 def test_bad_requests():

@@ -12,7 +12,6 @@ from statsmodels.stats.multitest import multipletests
 
 from medxfer_nb.data.cases import OBSERVATIONS, Cases
 from medxfer_nb.data.splits import draw_subset
-from medxfer_nb.data.xray import apply_policy
 from medxfer_nb.repro import results as R
 from medxfer_nb.repro.colorization import read_films, score
 from medxfer_nb.repro.jobs import Runs
@@ -125,8 +124,60 @@ def test_one_seed_decides_nothing(pair, tmp_path):
     rows = R.compare(R.EFFECTS['tab1_strategies'](STUDY), pair[0][:1] + pair[1][:1], STUDY)
     assert rows[0].claim.verdict == 'undecided' and '1 seed' in R.findings(rows)
     kept = json.loads(R.save_claims(R.claims_of(rows), tmp_path/'tab1').read_text())
-    assert set(kept[0]) == {'about', 'ours', 'published', 'verdict', 'words'} and (tmp_path/'tab1.claims.json').exists()
+    assert set(kept[0]) == {'about', 'ours', 'published', 'verdict', 'scale', 'words'} and kept[0]['scale'] == 'study' and (tmp_path/'tab1.claims.json').exists()
     assert kept[0]['published'] == '+5.0 (Table I)' and kept[1]['ours'] == '' and 'inf' not in json.dumps(kept)
+
+@pytest.fixture
+def quick(monkeypatch): monkeypatch.setattr(R, 'REPLICATES', 200)   # clear effects need no finer bootstrap
+
+def verdicts(records, scale):
+    "Of the effects of Table I that these runs can show"
+    return [r.claim.verdict for r in R.compare(R.EFFECTS['tab1_strategies'](scale), records, scale) if r.ours]
+
+@pytest.mark.parametrize('qualities, word', [((1.3, .5), 'opposite'), ((.5, 1.3), 'same direction')])
+def test_a_small_effect_of_the_wrong_sign_is_no_success_at_paper_scale(quick, qualities, word):
+    base, colour = qualities
+    records = runs('baseline', scale=PAPER, quality=base, films=400) + runs('color_module', 'pixelshuffle', scale=PAPER, quality=colour, films=400)
+    assert verdicts(records, PAPER) == [word]
+
+@pytest.mark.parametrize('scale', [STUDY, PAPER])
+@pytest.mark.parametrize('quality, word', [(.9, 'no difference shown, as published'), (.2, 'differs: the paper found no difference'), (3., 'differs: the paper found no difference')])
+def test_what_the_paper_calls_not_significant_is_no_direction(quick, scale, quality, word):
+    records = runs('baseline_all', scale=scale, quality=.9, films=400) + runs('all', 'pixelshuffle', scale=scale, quality=quality, films=400)
+    assert verdicts(records, scale) == [word]
+    rows = R.compare(R.EFFECTS['tab1_strategies'](scale), records, scale)
+    assert f"1 {R._VERDICTS[word].lower()}" in R.findings(rows) and 'reversed' not in R.findings(rows)
+
+def test_which_differences_the_paper_found():
+    def none(item): return [(e.a.strategy, e.b.strategy, e.observation) for e in R.EFFECTS[item](PAPER) if e.no_difference]
+    assert [o for *_, o in none('tab2_observations')] == ['Atelectasis', 'Pleural Effusion']   # p = 0.40 and 0.37, level 0.15
+    assert none('tab3_datasets') == [('all(T:CheXpert E:ImageNet)', 'all(T:scratch E:ImageNet)', None)]   # 79.4 ± 0.06 and 79.2 ± 0.3, no p-value
+    for e in R.EFFECTS['tab1_strategies'](PAPER):
+        printed, spread = e.published, e.a.published().sd + e.b.published().sd
+        assert e.no_difference == (e.published_p >= .05 if e.p else abs(printed.value) <= spread + 1e-9)
+
+def test_the_very_small_regime_is_judged_where_the_paper_states_it(quick):
+    def run(strategy, n, quality, scale=PAPER): return runs(strategy, 'pixelshuffle' if strategy in ('all', 'color_module') else 'none', scale=scale, quality=quality, films=400, changes=dict(n_train=n))
+    for n, words in [(224, ['outside the stated range']*2), (448, ['no difference shown, as published', 'same direction']), (2_243, ['outside the stated range']*2)]:
+        records = run('baseline_all', n, .6) + run('color_module', n, .6) + run('all', n, 1.4) + run('baseline', n, .1)
+        rows = R.compare(R.EFFECTS['fig6_data_size'](PAPER), records, PAPER)
+        found = {(r.effect.a.strategy, r.effect.b.strategy): r.claim.verdict if r.claim else r.effect.note for r in rows if r.ours}
+        assert [found[s, 'baseline_all'] for s in ('color_module', 'all')] == words
+        assert found['all', 'baseline'] == 'same direction'   # 'regardless of the dataset size'
+    assert not [e for e in R.EFFECTS['fig6_data_size'](STUDY) if e.b.strategy == 'baseline_all' and not e.note]
+    assert (R.comparison_table(rows).verdict == 'outside the stated range').sum() == 2*4
+
+def test_runs_that_two_items_need_are_committed_once(quick, monkeypatch):
+    monkeypatch.setattr(R, 'published_run', record)
+    records = R.committed('controls', 'tab1_strategies')
+    assert len({r.config for r in records}) == len(records) < len(R.committed('controls')) + len(R.committed('tab1_strategies'))
+    assert all(r.ours.n == len(STUDY.seeds) for r in R.compare(R.EFFECTS['controls'](STUDY), records, STUDY))
+
+def test_the_floor_stands_beside_our_p_value(quick):
+    rows = R.compare(R.EFFECTS['tab2_observations'](STUDY), runs('all', 'pixelshuffle') + runs('baseline_all'), STUDY)
+    table = R.judged(rows)
+    assert set(table['exact floor']) == {'0.25 (3 seeds)'} and list(table).index('exact floor') == list(table).index('ours p adjusted') + 1
+    assert set(R.judged(R.compare(R.EFFECTS['tab2_observations'](STUDY), [], STUDY))['exact floor']) == {'–'}
 
 def test_signs_without_numbers_are_judged_by_sign():
     arms = dict(baseline=.5, baseline_all=.9)
@@ -135,7 +186,9 @@ def test_signs_without_numbers_are_judged_by_sign():
     rows = [r for r in R.compare(R.EFFECTS['fig6_data_size'](PAPER), records, PAPER) if r.ours]
     assert [r.claim.words for r in rows] == ['same direction (paper)'] and np.isnan(rows[0].claim.published.value)
     unreadable = next(e for e in R.EFFECTS['tab2_observations'](PAPER) if e.observation == 'Pleural Effusion')
-    assert unreadable.said == 'no number' and R.claim_of(unreadable, None, PAPER) is None and unreadable.published_p == .37
+    assert unreadable.said == 'no difference, no number' and R.claim_of(unreadable, None, PAPER).verdict == 'not run' and unreadable.published_p == .37
+    affine = R.EFFECTS['controls'](PAPER)[0]
+    assert affine.said == 'no number' and R.claim_of(affine, None, PAPER) is None
 
 def test_paper_scale_compares_values():
     records = runs('baseline', scale=PAPER, seeds=2)
@@ -153,6 +206,8 @@ def test_provenance_names_no_machine_and_no_patient():
     tier = R.Tier('study', STUDY, runs('baseline', seeds=2))
     text = R.provenance([tier]).to_string()
     assert 'abcdef0 + changes' in text and '60 s' in text and '/' not in text
+    several = replace(tier, suffix='_study', records=tier.records + [replace(r, manifest=r.manifest | dict(git=dict(commit='1234567890', dirty=False))) for r in tier.records])
+    assert 'commit abcdef0 + changes' in replace(tier, suffix='_study').footnote and '2 commits' in several.footnote
     assert 'virtual patients' in tier.footnote and 'virtual' not in replace(tier, scale=PAPER).footnote
 
 def test_gathering_without_committed_results_says_not_run(monkeypatch, tmp_path):
@@ -174,7 +229,7 @@ def test_smallest_subset_is_the_one_that_runs_train_on(monkeypatch):
     pool = Cases('pool', frame, pixels=np.zeros((200, 8, 8), np.uint8))
     monkeypatch.setattr(R, 'virtual_films', lambda *_: pool)
     whole, part = R.label_counts(STUDY).values()
-    chosen = draw_subset(apply_policy(frame, 'paper', list(OBSERVATIONS))[list(OBSERVATIONS)].to_numpy(), n=STUDY.sizes[0], draw=0, seed=0)
+    chosen = draw_subset(frame[list(OBSERVATIONS)].to_numpy(), n=STUDY.sizes[0], draw=0, seed=0)
     assert part.uncertain.tolist() == (frame[list(OBSERVATIONS)].iloc[chosen] == -1).sum().tolist()
     assert whole.sum(axis=1).eq(200).all() and part.sum(axis=1).eq(STUDY.sizes[0]).all()
 

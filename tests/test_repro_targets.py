@@ -61,3 +61,22 @@ def test_virtual_patients_only_decide_a_direction(scale):
             claim = verdict('', sum(mine) / 2, effect, scale, interval=mine, same_anatomy=True)
             assert claim.words == f'{word} ({scale}) · mechanism only'
     assert verdict('', None, effect, scale, same_anatomy=True).words == f'not run ({scale})'
+
+
+@pytest.mark.parametrize('scale', ['demo', 'study', 'paper'])
+def test_effects_are_judged_by_direction_at_every_scale(scale):
+    a, b = (target('colorization', item='transfer', dataset='ChestX-ray14', strategy=s) for s in ('baseline_all', 'all(T:CheXpert E:ImageNet)'))
+    effect = a - b # +0.5: an effect of -0.3 is nearer than one point
+    words = [verdict('', sum(i) / 2, effect, scale, interval=i).verdict for i in [(-.5, -.1), (.1, .9), (-.1, 1.1), (2, 9)]]
+    assert words == ['opposite', 'same direction', 'undecided', 'same direction']
+    with pytest.raises(ValueError, match='confidence interval'): verdict('', .5, effect, scale)
+
+
+@pytest.mark.parametrize('scale', ['demo', 'study', 'paper'])
+def test_no_difference_is_a_statement_too(scale):
+    coloru, pixelshuffle = (target('colorization', backbone='densenet121', strategy='color_module', module=m) for m in ('coloru', 'pixelshuffle'))
+    def word(*interval): return verdict('', 0., coloru - pixelshuffle, scale, interval=interval, no_difference=True).verdict
+    assert word(-1, 2) == word(-.1, 0) == 'no difference shown, as published'
+    assert word(.1, 2) == word(-2, -.1) == 'differs: the paper found no difference'
+    assert word(-float('inf'), float('inf')) == 'undecided'
+    assert verdict('', None, coloru - pixelshuffle, scale, no_difference=True).verdict == 'not run'

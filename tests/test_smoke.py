@@ -15,7 +15,7 @@ MEDXFER = Path(sys.executable).with_name('medxfer')
 
 
 def reproduce(folder: Path) -> str:
-    done = subprocess.run([MEDXFER, 'reproduce', 'colorization', '--scale', 'smoke'], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([MEDXFER, 'reproduce', 'colorization', '--scale', 'smoke'], cwd=folder, capture_output=True, text=True, timeout=900,
                           env={k: v for k, v in os.environ.items() if k != 'MEDXFER_STORE'})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -47,7 +47,8 @@ def test_nothing_of_the_machine_or_a_patient_is_told(results):
     outputs = [json.dumps([c.get('outputs') for c in json.loads(p.read_text())['cells']]) for p in folder.rglob('*.ipynb')]
     texts = outputs + [p.read_text(encoding='utf-8') for pattern in ('*.html', 'manifest.json') for p in folder.rglob(pattern)]
     patients = set(virtual_films('virtual-chest', 'test', 48, 32).frame.patient)
-    assert len(texts) > len(PAPER) and not any(name in text for text in texts for name in {str(folder), str(Path.home())} | patients)
+    places = {p for p in (str(folder), str(Path.home())) if len(p) > 5}  # A home of / is part of every address
+    assert len(texts) > len(PAPER) and not any(name in text for text in texts for name in places | patients)
 
 
 def test_second_time_nothing_is_done_again(results):

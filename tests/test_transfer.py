@@ -216,6 +216,30 @@ def test_divergence_names_run_and_step():
     assert caught.value.step == 6 and caught.value.config == dict(seed=0) and np.isnan(caught.value.loss)
 
 
+def test_find_lr_names_run_and_step():
+    class Late(Callback):
+        def before_batch(self):
+            if self.learn.train_iter >= 10: self.learn.xb = (self.xb[0] + torch.inf,)
+    learn = st.stage_learner(loaders(), net(), 'color_module')
+    learn.add_cb(Late())
+    for call in (lambda: st.find_lr(learn, config=dict(seed=7)), lambda: st.fit_stage(learn, EVERY, EVERY, config=dict(seed=7))):
+        with pytest.raises(st.TrainingDiverged, match="diverged to nan at step 10 of the learning-rate finder.*'seed': 7") as caught: call()
+        assert (caught.value.step, caught.value.config) == (10, dict(seed=7)) and np.isnan(caught.value.loss)
+
+
+def test_parts_that_cannot_start_anew_are_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((1,), 7.))
+    model = net()
+    model.C = nn.Sequential(nn.Linear(32, 2), Scale())
+    before = state(model.C)
+    with pytest.raises(ValueError, match='1 would keep the old weights.*`reset_parameters`'): st.reset_part(model.C, 0)
+    assert same(before, state(model.C)) # nothing was reset half-way
+    for name in COLORIZERS: st.reset_part(new_colorizer(name), 0)
+
+
 def test_find_lr_leaves_no_trace():
     learn = st.stage_learner(loaders(), net(), 'color_module')
     for fresh in (True, False):

@@ -151,7 +151,7 @@ def subset(
     return replace(self, name=name or self.name, frame=self.frame.iloc[at].reset_index(drop=True),
                    pixels=None if self.pixels is None else self.pixels[at])
 
-# %% ../../nbs/api/data/00_cases.ipynb #02ce12fb
+# %% ../../nbs/api/data/00_cases.ipynb #771526bf
 def _as_uint8(
     image:np.ndarray, # (H,W) uint8, or float in [0,1]
     path:Path # Where it came from, for the message
@@ -171,8 +171,10 @@ def image(
     "Gray pixels of case `i`"
     if self.pixels is not None: return self.pixels[i]
     path = self.root/self.frame['path'].iat[i]
+    where = f"row {i}, {self.frame['source'].iat[i]}" if 'source' in self.frame else f"row {i}" # a reader's file and line
     try: return _as_uint8(self.read(path), path)
-    except (OSError, UnidentifiedImageError) as e: raise CaseError(f"cannot read image {path} (row {i}): {e}") from e
+    except CaseError as e: raise type(e)(f"{e} ({where})") from e
+    except (OSError, UnidentifiedImageError) as e: raise CaseError(f"cannot read image {path} ({where}): {e}") from e
 
 # %% ../../nbs/api/data/00_cases.ipynb #95c6ab67
 @patch

@@ -9,11 +9,11 @@ __all__ = ['LOBES', 'HEART', 'TRACHEA', 'PULMONARY_VEIN', 'SIDES', 'LUNGS', 'BON
            'Scene', 'atelectasis', 'cardiomegaly', 'effusion', 'consolidation', 'edema', 'bone_lesion', 'make_scene',
            'project', 'develop', 'render', 'virtual_films']
 
-# %% ../../nbs/api/data/04_films.ipynb #ef5c3f41
+# %% ../../nbs/api/data/04_films.ipynb #ef7cb22a
 import hashlib, json, math, os, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable

@@ -31,13 +31,19 @@ def _check_size(
     if not 0 < rows * columns <= MAX_PIXELS:
         raise PixelError(f"{path}: claims {rows} x {columns} pixels; between 1 and {MAX_PIXELS:,} are accepted: is the file damaged?")
 
-# %% ../../nbs/api/data/02b_pixels.ipynb #2fa2419b
-def _scale_16_bits(
-    values:np.ndarray # (H,W) whole numbers, 0..65535
-) -> np.ndarray: # (H,W) uint8
-    "The smallest usual bit range that holds all `values`, onto 0..255"
-    white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if values.max() < 2**bits)
-    return np.rint(values * (255 / white)).astype(np.uint8)
+# %% ../../nbs/api/data/02b_pixels.ipynb #8be6ca29
+def _white(
+    values:np.ndarray, # Whole numbers, 0..65535
+    bits:int=16 # Bits that the file claims
+) -> int:
+    "The end of the smallest usual bit range that holds all `values`, within the claimed bits"
+    return min(2**bits, next(2**b for b in (8, 10, 12, 14, 16) if values.max() < 2**b)) - 1
+
+def _why(
+    e:Exception # From a decoder, perhaps without a text
+) -> str:
+    "The first line of an error's text, or its type"
+    return next(iter(str(e).splitlines()), '') or type(e).__name__
 
 def _read_raster(
     path:Path # PNG or JPEG file
@@ -46,11 +52,12 @@ def _read_raster(
     try:
         with Image.open(path, formats=('PNG', 'JPEG')) as im:
             _check_size(path, im.height, im.width)
-            if im.mode.startswith('I'): return _scale_16_bits(np.asarray(im))
-            return np.array(im.convert('L'))
+            if not im.mode.startswith('I'): return np.array(im.convert('L'))
+            values = np.asarray(im)
+            return np.rint(values * (255 / _white(values))).astype(np.uint8)
     except CaseError: raise
     # Pillow and its codecs raise many types for damaged files: OSError, SyntaxError, ValueError, struct.error, ...
-    except Exception as e: raise PixelError(f"{path}: damaged image file: {e}") from e
+    except Exception as e: raise PixelError(f"{path}: damaged image file: {_why(e)}") from e
 
 # %% ../../nbs/api/data/02b_pixels.ipynb #ee214a26
 def _stored_values(
@@ -75,18 +82,15 @@ def _look_up(
     if len(entries) < count: entries = entries.view('u1') # 8-bit entries, packed two by two
     return entries[np.clip(np.rint(values).astype(int) - first, 0, count - 1)].astype(float), 2**bits - 1
 
-# %% ../../nbs/api/data/02b_pixels.ipynb #46f09504
+# %% ../../nbs/api/data/02b_pixels.ipynb #d2a90cab
 def _modality(
-    stored:np.ndarray, # All possible stored values
+    stored:np.ndarray, # Stored values
     ds:Dataset # Header
-) -> tuple: # (values on the modality's scale, lowest possible, highest possible)
+) -> np.ndarray: # Values on the modality's scale
     "Stored values to the modality's scale (PS3.3, C.11.1)"
-    if ds.get('ModalityLUTSequence'):
-        values, top = _look_up(stored, ds.ModalityLUTSequence[0])
-        return values, 0, top
+    if ds.get('ModalityLUTSequence'): return _look_up(stored, ds.ModalityLUTSequence[0])[0]
     slope, intercept = (ds.get(k, v) for k,v in (('RescaleSlope', 1), ('RescaleIntercept', 0)))
-    values = stored * float(1 if slope is None else slope) + float(intercept or 0)
-    return values, values.min(), values.max() # min and max: a slope may be negative
+    return stored * float(1 if slope is None else slope) + float(intercept or 0)
 
 # %% ../../nbs/api/data/02b_pixels.ipynb #bdc71f77
 def _window(
@@ -104,7 +108,21 @@ def _window(
     if width == 0: return (x > center).astype(float) # LINEAR of width 1 is a threshold
     return np.clip((x - center) / width + .5, 0, 1)
 
-# %% ../../nbs/api/data/02b_pixels.ipynb #922f67f7
+# %% ../../nbs/api/data/02b_pixels.ipynb #c63bb547
+def _range(
+    ds:Dataset, # Header of a file without window
+    image:np.ndarray # Stored values of its pixels
+) -> tuple: # (lowest, highest value to show) on the modality's scale
+    "Smallest usual bit range of unsigned values, on either side of the modality stage; signed values from the least to the greatest"
+    if ds.get('ModalityLUTSequence'):
+        lut, stored = ds.ModalityLUTSequence[0], _stored_values(ds)
+        return 0, _white(_look_up(stored, lut)[0][image - stored[0]], lut.LUTDescriptor[2])
+    if ds.get('PixelRepresentation'): ends = image.min(), max(image.max(), image.min() + 1) # one value alone is shown as the lowest
+    else: ends = 0, _white(image, ds.BitsStored)
+    low, high = sorted(_modality(np.array(ends, float), ds)) # a slope may be negative
+    if low == high: raise ValueError(f"RescaleSlope {ds.get('RescaleSlope')} makes every pixel the same")
+    return low, high
+
 def _first(
     value # One number, several, or none
 ) -> float|None:
@@ -113,18 +131,20 @@ def _first(
     return None if value is None or value == '' else float(value)
 
 def _shades(
-    ds:Dataset # Header
+    ds:Dataset, # Header
+    image:np.ndarray # Stored values of the pixels, for a file without window
 ) -> np.ndarray: # (2**BitsStored,) uint8: shade of every possible stored value, ascending
     "The whole way from stored value to shade"
-    x, low, high = _modality(_stored_values(ds), ds)
+    x = _modality(_stored_values(ds), ds)
     center, width = _first(ds.get('WindowCenter')), _first(ds.get('WindowWidth'))
     if ds.get('VOILUTSequence'):
         entries, top = _look_up(x, ds.VOILUTSequence[0])
         shade = entries / top
     elif center is not None and width is not None:
         shade = _window(x, center, width, str(ds.get('VOILUTFunction') or 'LINEAR').upper())
-    elif low < high: shade = (x - low) / (high - low)
-    else: raise ValueError(f"RescaleSlope {ds.get('RescaleSlope')} makes every pixel the same")
+    else:
+        low, high = _range(ds, image)
+        shade = (x - low) / (high - low)
     # MONOCHROME1 alone decides: PresentationLUTShape INVERSE says the same thing again
     if ds.PhotometricInterpretation == 'MONOCHROME1': shade = 1 - shade
     return np.rint(np.clip(shade, 0, 1) * 255).astype(np.uint8)
@@ -159,7 +179,7 @@ def _decoder_advice(
     plugin = 'openjpeg' if 'JPEG 2000' in syntax.name else 'libjpeg'
     return f". {syntax.name} needs a decoder: pip install pylibjpeg pylibjpeg-{plugin} (or python-gdcm)"
 
-# %% ../../nbs/api/data/02b_pixels.ipynb #edd9187a
+# %% ../../nbs/api/data/02b_pixels.ipynb #dcd00d5f
 def _read_dicom(
     path:Path # DICOM file
 ) -> np.ndarray: # (H,W) uint8
@@ -170,11 +190,12 @@ def _read_dicom(
         syntax = ds.file_meta.TransferSyntaxUID
         values = pixel_array(path)
         if values.ndim == 3: return np.array(Image.fromarray(values).convert('L'))
-        return _shades(ds)[values.astype(np.int32) - _stored_values(ds)[0]]
+        values = values.astype(np.int32)
+        return _shades(ds, values)[values - _stored_values(ds)[0]]
     except CaseError: raise
     # pydicom and the decoders raise many types for damaged files: ValueError, AttributeError, RuntimeError, IndexError, ...
     except Exception as e:
-        raise PixelError(f"{path}: cannot decode: {str(e).splitlines()[0]}{_decoder_advice(syntax) if syntax else ''}") from e
+        raise PixelError(f"{path}: cannot decode: {_why(e)}{_decoder_advice(syntax) if syntax else ''}") from e
 
 # %% ../../nbs/api/data/02b_pixels.ipynb #7f05fda4
 def read_pixels(

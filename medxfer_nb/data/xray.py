@@ -6,8 +6,8 @@
 __all__ = ['UNCERTAIN', 'PAPER_POLICY', 'NIH_FINDINGS', 'MURA_PARTS', 'TEST_SETS', 'apply_policy', 'check_images',
            'check_patients', 'skipped', 'read_chexpert', 'read_chestxray14', 'read_mura']
 
-# %% ../../nbs/api/data/03_xray.ipynb #b6e27e91
-import os, warnings
+# %% ../../nbs/api/data/03_xray.ipynb #6869c883
+import csv, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,24 +47,33 @@ def apply_policy(
     values = frame[labels].astype('float32')
     return frame.assign(**{l: values[l].mask(values[l] == -1, v) for l,v in _rules(policy, labels).items()})
 
-# %% ../../nbs/api/data/03_xray.ipynb #82d376f1
+# %% ../../nbs/api/data/03_xray.ipynb #e0c97780
+def _records(
+    path:Path # CSV file
+) -> list: # (line number, fields) of each line that is not blank
+    "The lines of a CSV file, each taken apart by itself: an unmatched quote cannot swallow the lines after it"
+    try:
+        with open(path, encoding='utf-8-sig') as f: lines = [next(csv.reader([line.rstrip('\n')]), []) for line in f]
+    except (csv.Error, UnicodeDecodeError) as e: raise CaseError(f"{path}: {e}") from e
+    return [(i, fields) for i, fields in enumerate(lines, 1) if any(fields)] # a blank line at the end is none of our business
+
 def _table(
     path:Path, # CSV file, or a list with one entry per line
     need:tuple, # Columns that must be there
     header:bool=True # Does the first line name the columns? If not, `need` does
-) -> pd.DataFrame: # Text columns, and `source`
+) -> pd.DataFrame: # Text columns, `source`, and `malformed`: '' or what is wrong with the number of fields
     "Read a table as text, with file and line number of each row"
     if not path.is_file(): raise CaseError(f"{path} is missing")
-    try:
-        rows = pd.read_csv(path, dtype=str, na_filter=False, skip_blank_lines=False, index_col=False, encoding='utf-8-sig',
-                           **({} if header else {'header': None, 'names': list(need)}))
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e: raise CaseError(f"{path}: {e}") from e
-    if missing := [c for c in need if c not in rows]:
-        raise CaseError(f"{path} line 1: missing column {', '.join(missing)}; there are {', '.join(rows.columns)}")
-    rows['source'] = [f'{path.name} line {i}' for i in range(1 + header, len(rows) + 1 + header)]
-    rows = rows[(rows.drop(columns='source') != '').any(axis=1)] # a blank line at the end is none of our business
-    if rows.empty: raise CaseError(f"{path} has no rows")
-    return rows
+    records = _records(path)
+    first, columns = records.pop(0) if header and records else (1, list(need))
+    if missing := [c for c in need if c not in columns]:
+        raise CaseError(f"{path} line {first}: missing column {', '.join(missing)}; there are {', '.join(columns)}")
+    if not records: raise CaseError(f"{path} has no rows")
+    n = len(columns)
+    rows = pd.DataFrame([(fields + [''] * n)[:n] for _, fields in records], columns=columns, dtype=str)
+    return rows.loc[:, ~rows.columns.duplicated()].assign(
+        source=[f'{path.name} line {line}' for line, _ in records],
+        malformed=['' if len(fields) == n else f"the line has {len(fields)} fields, not {n}" for _, fields in records])
 
 # %% ../../nbs/api/data/03_xray.ipynb #56d59d13
 def _faults(
@@ -75,8 +84,14 @@ def _faults(
     "The faulty rows, and why"
     return rows.loc[bad, ['source','path']].assign(problem=problem if isinstance(problem, str) else problem[bad])
 
-# %% ../../nbs/api/data/03_xray.ipynb #74b5defc
+# %% ../../nbs/api/data/03_xray.ipynb #3e64c74f
 _VALUES = {'': 0, '0': 0, '0.0': 0, '1': 1, '1.0': 1, '-1': -1, '-1.0': -1}
+
+def _shown(
+    text:pd.Series # Faulty labels
+) -> pd.Series: # How a message shows them
+    "Only a digit is quoted: where columns are shifted, a label may hold age or sex"
+    return ("'" + text + "'").where(text.str.fullmatch(r'(-?\d(\.\d+)?)?'), '(not a number from -9 to 9)')
 
 def _numbers(
     rows:pd.DataFrame, # With one text column per label
@@ -84,7 +99,7 @@ def _numbers(
 ) -> tuple: # (rows with numeric labels, faults)
     "Turn label texts into 1, 0, -1; a blank one is negative"
     numbers = rows.assign(**{l: rows[l].map(_VALUES).astype('float32') for l in labels})
-    faults = [_faults(rows, numbers[l].isna(), f"label {l} = '" + rows[l] + "', allowed are 1, 0, -1 and blank") for l in labels]
+    faults = [_faults(rows, numbers[l].isna(), f"label {l} = " + _shown(rows[l]) + ", allowed are 1, 0, -1 and blank") for l in labels]
     return numbers, faults
 
 # %% ../../nbs/api/data/03_xray.ipynb #61bc5bc6
@@ -143,7 +158,7 @@ def check_patients(
     for source, _, problem in faults.values:
         raise CaseError(f"{source}: {problem} ({len(faults)} such row{'s' * (len(faults) > 1)}): remove them from one part")
 
-# %% ../../nbs/api/data/03_xray.ipynb #c4c35e19
+# %% ../../nbs/api/data/03_xray.ipynb #ecaa64d8
 def _settle(
     rows:pd.DataFrame, # All rows
     faults:pd.DataFrame, # What is wrong with some of them
@@ -184,7 +199,7 @@ def _cases(
     "Check what is left to check, and build the cases"
     images = check_images(root, rows['path'], decode)
     nameless = (rows[['patient','study']] == '').any(axis=1)
-    faults = [*faults, _faults(rows, nameless, 'the patient or study is blank'),
+    faults = [_faults(rows, rows['malformed'] != '', rows['malformed']), *faults, _faults(rows, nameless, 'the patient or study is blank'),
               _faults(rows, rows.duplicated('path'), 'this image is listed twice'), _faults(rows, images != '', images)]
     # A shared patient leaves the training part; the test set stays what its publisher made it
     if others is not None and not (is_test and skip_bad): faults.append(_shared(rows, _sources(others)))
@@ -270,7 +285,7 @@ def _findings(
               _faults(rows, healthy & (text != 'No Finding'), "'No Finding' beside findings: " + text)]
     return rows.join(numbers), faults
 
-# %% ../../nbs/api/data/03_xray.ipynb #fa537976
+# %% ../../nbs/api/data/03_xray.ipynb #9b1403c9
 def _nih_images(
     folder:Path # Folder of the data set
 ) -> dict: # image name -> path relative to the folder
@@ -289,7 +304,8 @@ def _nih_part(
     if not file.is_file(): raise CaseError(f"{file} is missing: put the official list there, or read all images with split=None")
     lines = _table(file, ('name',), header=False)
     lines = lines.assign(path=lines['name'], patient=lines['name'].map(entries.drop_duplicates('name').set_index('name')['patient']))
-    faults = [_faults(lines, lines['patient'].isna(), 'this image is not in the label table'),
+    faults = [_faults(lines, lines['malformed'] != '', lines['malformed']),
+              _faults(lines, lines['patient'].isna(), 'this image is not in the label table'),
               _faults(lines, lines.duplicated('name'), 'this image is listed twice')]
     return lines, [f.set_index(np.full(len(f), -1)) for f in faults] # -1: these lines are no rows of the label table
 
@@ -318,7 +334,7 @@ def read_chestxray14(
     rows, finding_faults = _findings(rows, labels)
     return _cases(f'ChestX-ray14 {split or ""}'.strip(), rows, labels, faults + finding_faults, others, folder, split == 'test', 'keep', skip_bad, decode)
 
-# %% ../../nbs/api/data/03_xray.ipynb #1c0777a1
+# %% ../../nbs/api/data/03_xray.ipynb #c15a6092
 MURA_PARTS = ('elbow', 'finger', 'forearm', 'hand', 'humerus', 'shoulder', 'wrist')
 
 _STUDY = r'^[^/]+/(?P<study_path>{split}/XR_(?P<part>[A-Z]+)/(?P<patient>patient\w+)/(?P<study>study[^/]+))/'
@@ -343,8 +359,9 @@ def _mura_labels(
     number = pd.to_numeric(studies['Abnormal'], errors='coerce')
     named = studies['study'].str.extract('_(positive|negative)$')[0].map({'positive': 1, 'negative': 0})
     faults = pd.concat([
+        _faults(studies, studies['malformed'] != '', studies['malformed']),
         _faults(studies, studies['study_path'].isna(), 'the path is not of the form .../XR_PART/patientNNNNN/studyN_positive/'),
-        _faults(studies, ~number.isin([0,1]), "label '" + studies['Abnormal'] + "', allowed are 1 and 0"),
+        _faults(studies, ~number.isin([0,1]), "label " + _shown(studies['Abnormal']) + ", allowed are 1 and 0"),
         _faults(studies, named.notna() & (named != number), 'the label contradicts the name of the folder'),
         _faults(studies, studies.duplicated('study_path'), 'this study is listed twice'),
         _faults(studies, ~studies['study_path'].isin(images['study_path']), 'this study has no images')])

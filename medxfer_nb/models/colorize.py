@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLORIZERS', 'check_planes', 'conv_bn', 'ResBlock', 'residual_body', 'DECONV', 'PixelShuffle', 'color_down',
            'color_up', 'color_out', 'ColorU', 'Replicate', 'WeightSum', 'Affine', 'sum_first_conv', 'new_colorizer',
-           'gmacs', 'read_weights', 'lite_state_dict', 'load_strict', 'load_backbone', 'feature_width', 'ColorizedNet',
-           'split_TEC', 'colorized_net', 'Card', 'save_colorizer', 'match_layers', 'load_colorizer']
+           'evaluating', 'gmacs', 'read_weights', 'lite_state_dict', 'load_strict', 'load_backbone', 'feature_width',
+           'ColorizedNet', 'split_TEC', 'colorized_net', 'Card', 'save_colorizer', 'match_layers', 'load_colorizer']
 
-# %% ../../nbs/api/models/00_colorize.ipynb #80d07e11
-import json, math
+# %% ../../nbs/api/models/00_colorize.ipynb #121bdb85
+import json, math, os, pickle, re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -161,7 +162,7 @@ class Affine(Module):
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
         return self.mix(check_planes(x, self.in_channels))
 
-# %% ../../nbs/api/models/00_colorize.ipynb #97102d4a
+# %% ../../nbs/api/models/00_colorize.ipynb #1a0fb2b5
 def sum_first_conv(
     encoder: nn.Module, # Network that takes three colours
     in_channels: int = 1, # Gray planes that it shall take
@@ -169,8 +170,17 @@ def sum_first_conv(
     "Let `encoder` take gray planes: the first weights summed over the colours, divided among the planes."
     first = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.groups == 1), None)
     if first is None: raise ValueError(f'{type(encoder).__name__} has no convolution with 3 input channels to sum')
-    weight = first.weight.detach().sum(1, keepdim=True) / in_channels
+    size = [2 * (d * (k - 1) + 1) for k, d in zip(first.kernel_size, first.dilation)]
+    gray = torch.randn(2, in_channels, *size, generator=torch.Generator().manual_seed(0)).to(first.weight)
+    old = first.weight
+    with torch.no_grad(): expected = first(gray.mean(1, keepdim=True).expand(-1, 3, -1, -1))
+    weight = old.detach().sum(1, keepdim=True) / in_channels
     first.weight, first.in_channels = nn.Parameter(weight.repeat(1, in_channels, 1, 1)), in_channels
+    with torch.no_grad(): error = (first(gray) - expected).abs().max()
+    if not error <= 1e-2 * expected.abs().max(): # half precision on some device may cost 1e-3
+        first.weight, first.in_channels = old, 3
+        raise ValueError(f'the {type(first).__name__} of this {type(encoder).__name__} transforms its weights before use (as weight '
+                         "standardisation does), so their sum is another filter: take the colour module 'none' instead of 'weight_sum'")
     return encoder
 
 # %% ../../nbs/api/models/00_colorize.ipynb #2fe289fb
@@ -185,25 +195,36 @@ def new_colorizer(
     if name not in COLORIZERS: raise ValueError(f'no colour module {name!r}; there are: {", ".join(COLORIZERS)}')
     return COLORIZERS[name](in_channels)
 
-# %% ../../nbs/api/models/00_colorize.ipynb #402e57c9
+# %% ../../nbs/api/models/00_colorize.ipynb #c0633fbf
+@contextmanager
+def evaluating(model: nn.Module): # Network to look at
+    "Run a block in evaluation mode without gradients; afterwards each layer is in the mode it was in."
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad(): yield model.eval()
+    finally:
+        for m, was in modes: m.training = was
+
 def gmacs(
     model: nn.Module, # Network from one image batch
     input_shape: tuple, # (C, H, W) of one image
 ) -> float: # 10^9 multiply-accumulates of one forward pass
     "Multiply-accumulates of the convolutions and matrix products for one image, in billions."
-    was_training, device = model.training, next((p.device for p in model.parameters()), 'cpu')
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: model.eval()(torch.zeros(1, *input_shape, device=device))
-    model.train(was_training)
+    device = next((p.device for p in model.parameters()), 'cpu')
+    with evaluating(model), FlopCounterMode(display=False) as counter: model(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops() / 2e9 # a flop there is half a multiply-accumulate
 
-# %% ../../nbs/api/models/00_colorize.ipynb #93e65c72
+# %% ../../nbs/api/models/00_colorize.ipynb #7b39194b
 def read_weights(
     path: str | Path, # .safetensors, or a .pth/.pt state dict
 ) -> dict[str, Tensor]: # Name -> tensor, on the CPU
     "Tensors of a file, never by running code in it; a checkpoint's `state_dict` or `model` entry is unwrapped."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no weights at {path}')
-    state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e: # PyTorch's own text advises to run the code in the file
+        if 'global' not in str(e).lower(): raise ValueError(f'{path} is damaged or no PyTorch file') from None
+        raise ValueError(f'{path} holds a pickled module, not a state dict: where it comes from, save `module.state_dict()` instead') from None
     for wrapper in ('state_dict', 'model'):
         if isinstance(state.get(wrapper), dict): state = state[wrapper]
     return state
@@ -247,7 +268,7 @@ def load_strict(
     model.load_state_dict(state)
     return model
 
-# %% ../../nbs/api/models/00_colorize.ipynb #a1b4e817
+# %% ../../nbs/api/models/00_colorize.ipynb #285e8ac7
 def load_backbone(
     name: str, # timm architecture, e.g. 'resnet18'
     pretrained: bool | str | Path | dict = False, # True: timm's download; a file or state dict; False: random
@@ -266,11 +287,9 @@ def feature_width(
     encoder: nn.Module, # From `load_backbone`
 ) -> int: # Pooled features per image
     "Measure the width of an encoder's output."
-    was_training, p = encoder.training, next(encoder.parameters())
     size = getattr(getattr(encoder, 'patch_embed', None), 'img_size', None) # a transformer may be built for one size
     size = size or getattr(encoder, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))[1:]
-    with torch.no_grad(): features = encoder.eval()(torch.zeros(1, 3, *size, device=p.device))
-    encoder.train(was_training)
+    with evaluating(encoder): features = encoder(torch.zeros(1, 3, *size, device=next(encoder.parameters()).device))
     if features.ndim != 2: raise ValueError(f'{type(encoder).__name__} gives {tuple(features.shape)}, not pooled features (B, width)')
     return features.shape[1]
 
@@ -307,7 +326,7 @@ def colorized_net(
     C = nn.Linear(feature_width(E), n_labels)
     return ColorizedNet(T, E if T.out_channels == 3 else sum_first_conv(E, in_channels), C)
 
-# %% ../../nbs/api/models/00_colorize.ipynb #b0705a98
+# %% ../../nbs/api/models/00_colorize.ipynb #19b367e5
 @dataclass(frozen=True)
 class Card:
     "What one has to know to use a trained colour module."
@@ -326,9 +345,15 @@ class Card:
         for field in ('trained_on', 'licence'):
             if not isinstance(getattr(self, field), str) or not getattr(self, field).strip(): raise ValueError(f'card: say {field}')
 
+def _files(path: str | Path) -> tuple[Path, Path]: # Weights and card; other dots belong to the name: T-lr0.1
+    path = Path(path)
+    if path.suffix in ('.pth', '.pt'): return path, path.with_suffix('.json')
+    stem = path.name.removesuffix('.safetensors').removesuffix('.json')
+    return path.with_name(f'{stem}.safetensors'), path.with_name(f'{stem}.json')
+
 def save_colorizer(
     T: nn.Module, # Colour module, one of `COLORIZERS`
-    path: str | Path, # Files `path`.safetensors and `path`.json; a suffix is replaced
+    path: str | Path, # Files `path`.safetensors and `path`.json; give it with one of these suffixes or without
     mean: float, # Normalisation of its images
     std: float,
     trained_on: str, # Data set and encoder
@@ -336,13 +361,17 @@ def save_colorizer(
 ) -> Card: # As written
     "Store a trained colour module with its card."
     name = next((name for name, cls in COLORIZERS.items() if type(T) is cls), type(T).__name__)
-    card, path = Card(name, getattr(T, 'in_channels', 0), mean, std, trained_on, licence), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in T.state_dict().items()}, path.with_suffix('.safetensors'))
-    path.with_suffix('.json').write_text(json.dumps(asdict(card), indent=1))
+    card, files = Card(name, getattr(T, 'in_channels', 0), mean, std, trained_on, licence), _files(path)
+    if files[0].suffix != '.safetensors': raise ValueError(f'weights are stored as safetensors: leave {files[0].suffix} away')
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    parts = [f.with_name(f'{f.name}.{os.getpid()}') for f in files]
+    save_file({k: v.detach().cpu().contiguous() for k, v in T.state_dict().items()}, parts[0])
+    parts[1].write_text(json.dumps(asdict(card), indent=1))
+    files[1].unlink(missing_ok=True) # an older card must not stand beside newer weights
+    for part, file in zip(parts, files): os.replace(part, file)
     return card
 
-# %% ../../nbs/api/models/00_colorize.ipynb #ccd6e5ea
+# %% ../../nbs/api/models/00_colorize.ipynb #0be1cb4e
 def _layers(state: dict[str, Tensor]) -> dict[tuple, list[str]]: # Kind of layer (tensor names and shapes) -> layer names in order
     layers, kinds = {}, {}
     for key, tensor in state.items():
@@ -351,20 +380,39 @@ def _layers(state: dict[str, Tensor]) -> dict[tuple, list[str]]: # Kind of layer
     for layer, shapes in layers.items(): kinds.setdefault(tuple(sorted(shapes.items())), []).append(layer)
     return kinds
 
+def _colour_part(state: dict[str, Tensor]) -> dict[str, Tensor]: # Without the prefixes of a parallel wrapper and of a whole network
+    state = {k.removeprefix('module.'): v for k, v in state.items()}
+    part = {k.removeprefix('deco.').removeprefix('module.'): v for k, v in state.items() if k.startswith('deco.')}
+    return part or state
+
+def _check_order(layers: list[str]): # Names of one kind, in the order of the file
+    "Refuse numbered layers that do not ascend: their order was lost."
+    last = {}
+    for layer in layers:
+        pattern, numbers = re.sub(r'\d+', '#', layer), [int(n) for n in re.findall(r'\d+', layer)]
+        if numbers < last.get(pattern, numbers): raise ValueError(f'the order of the layers was lost ({", ".join(layers)}): give the file as it was released')
+        last[pattern] = numbers
+
 def match_layers(
-    state: dict[str, Tensor], # Weights of the same layers under other names
+    state: dict[str, Tensor], # Weights of the same layers, under the same or other names
     module: nn.Module, # Whose names to use
+    ordered: bool = True, # Are the entries in the order of the layers? False: other names are refused
 ) -> dict[str, Tensor]: # State dict of `module`
-    "Rename weights layer by layer, by order and shape, or say what does not fit."
-    own = module.state_dict()
-    if any(k.startswith('deco.') for k in state): state = {k: v for k, v in state.items() if k.startswith('deco.')}
+    "Rename weights, by name where the names are ours, else layer by layer by order and shape, or say what does not fit."
+    own, state = module.state_dict(), _colour_part(state)
+    if all(k.endswith('num_batches_tracked') for k in own.keys() ^ state.keys()): return {**own, **state} # old files lack these counters
+    if not ordered:
+        other = min(own.keys() ^ state.keys())
+        raise ValueError(f'names such as {other!r} differ from those of {type(module).__name__}, and a file that does not keep the order '
+                         'of the layers cannot be matched without them: give the original .pth')
     theirs, ours = _layers(state), _layers(own)
     wrong = [f'{len(theirs.get(kind, []))} for {len(ours.get(kind, []))} layers with {dict(kind)}: {theirs.get(kind, []) + ours.get(kind, [])}'
              for kind in {**ours, **theirs} if len(theirs.get(kind, [])) != len(ours.get(kind, []))]
     if wrong: raise ValueError(f'weights do not fit {type(module).__name__}: ' + '; '.join(wrong))
+    for layers in theirs.values(): _check_order(layers)
     names = {ours_name: name for kind in ours for ours_name, name in zip(ours[kind], theirs[kind])}
     place = lambda key: '.'.join(filter(None, [names[key.rpartition('.')[0]], key.rpartition('.')[2]]))
-    return {key: state.get(place(key), tensor) for key, tensor in own.items()} # old files lack num_batches_tracked
+    return {key: state.get(place(key), tensor) for key, tensor in own.items()}
 
 def load_colorizer(
     path: str | Path, # `path`.safetensors with `path`.json, or a released .pth
@@ -372,13 +420,11 @@ def load_colorizer(
     in_channels: int = 1, # Gray planes; where there is no card
 ) -> nn.Module: # Colour module in evaluation mode; its `card` is None where there is none
     "Read a trained colour module, ours or one released by the paper's authors."
-    path = Path(path)
-    path = path if path.suffix in ('.pth', '.pt', '.safetensors') else path.with_suffix('.safetensors')
-    card_file = path.with_suffix('.json')
+    path, card_file = _files(path)
     card = Card(**json.loads(card_file.read_text())) if card_file.exists() else None
     if card and module not in (None, card.module): raise ValueError(f'{path} holds a {card.module}, not a {module}')
     if not (card or module): raise ValueError(f'{path} has no card beside it: say which `module` it is, one of {", ".join(COLORIZERS)}')
     T, state = new_colorizer(card.module if card else module, card.in_channels if card else in_channels), read_weights(path)
-    load_strict(T, state if card else match_layers(state, T))
+    load_strict(T, state if card else match_layers(state, T, ordered=path.suffix != '.safetensors'))
     T.card = card
     return T.eval()

@@ -7,17 +7,17 @@ __all__ = ['EXPERIMENTS', 'Context', 'Experiment', 'register', 'experiment', 'Jo
            'perform', 'Outcome', 'Ticket', 'Executor', 'Serial', 'stop_with', 'Processes', 'Progress', 'Runs',
            'RunFailed', 'load_or_run']
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #ad8350ed
+# %% ../../nbs/api/repro/02_jobs.ipynb #e0eae949
 import importlib, json, os, random, resource, select, shutil, signal, statistics, subprocess, sys, threading, time, traceback
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Protocol, Sequence
 
 import numpy as np
 
-from .store import ConfigError, Record, Result, RunConfig, Store, code_fingerprint, hardware, published_run, run_key
+from .store import ConfigError, Record, RunConfig, Store, check_imported, code_fingerprint, hardware, published_run, run_key
 
 # %% ../../nbs/api/repro/02_jobs.ipynb #c532f769
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Executor(Protocol):
     def submit(self, job:Job, after:Sequence[Ticket]=()) -> Ticket: ...
     def gather(self, tickets:Sequence[Ticket], watch:Callable[[Mapping[Job, float]], None]) -> Iterator[Outcome]: ...
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #f823beaa
+# %% ../../nbs/api/repro/02_jobs.ipynb #c3234532
 class Serial:
     "One run after the other, in this process"
     def __init__(self,
@@ -238,7 +238,9 @@ class Serial:
     ):
         self.store, self.data_root = store, data_root
 
-    def submit(self, job, after=()): return Ticket(job, tuple(after))
+    def submit(self, job, after=()):
+        check_imported(job.code['module'])
+        return Ticket(job, tuple(after))
 
     def gather(self, tickets, watch=lambda running: None):
         for t in tickets:

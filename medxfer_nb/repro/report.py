@@ -6,8 +6,9 @@
 __all__ = ['TITLES', 'clean_html', 'data_uri', 'Block', 'read_blocks', 'Section', 'read_section', 'item_order', 'render_report',
            'write_report']
 
-# %% ../../nbs/api/repro/07_report.ipynb #3d26749a
+# %% ../../nbs/api/repro/07_report.ipynb #b305ca18
 import base64, html, json, math, re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from html.parser import HTMLParser
@@ -19,7 +20,6 @@ from jinja2 import Environment
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from .store import write_json
 from .targets import contradictions
 
 # %% ../../nbs/api/repro/07_report.ipynb #0a3e28cf
@@ -131,7 +131,7 @@ def _with_vectors(blocks:list, files:list) -> list:
     replaced = {i: Block(blocks[i].heading, blocks[i].figure if f.stat().st_size > _LARGE else _from_file(f)) for i, f in zip(at, files)}
     return [replaced.get(i, b) for i, b in enumerate(blocks)] + [Block('', _from_file(f)) for f in files[len(at):]]
 
-# %% ../../nbs/api/repro/07_report.ipynb #0ca034b7
+# %% ../../nbs/api/repro/07_report.ipynb #56961501
 @dataclass(frozen=True)
 class Section:
     "An executed notebook as the page shows it"
@@ -140,9 +140,11 @@ class Section:
     title: str
     claim: str # The quoted line below the title
     blocks: list
-    claims: list # Dicts: about, ours, published, verdict, words
-    provenance: dict # Of `run_notebooks`; empty if there is none
+    claims: list # Dicts: about, ours, published, verdict, words, perhaps scale
+    provenance: dict # Of `run_notebooks`
 
+    @property
+    def scale(self) -> str: return self.provenance.get('parameters', {}).get('scale', 'unknown')
     @property
     def anchor(self) -> str: return f'{self.paper}-{self.name}'
     @property
@@ -201,7 +203,7 @@ def _origin(p:dict) -> list: # (name, value)
             *([('training runs', p['runs'])] if 'runs' in p else []), ('commit', commit), ('machine', machine),
             ('versions', ', '.join(f'{k} {v}' for k, v in versions.items()))] if p else []
 
-# %% ../../nbs/api/repro/07_report.ipynb #7915f62c
+# %% ../../nbs/api/repro/07_report.ipynb #f8d8ac5c
 _STYLE = '''
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --panel: #f5f7f9; --accent: #0b6bb8; --good: #1a7f45; --bad: #b3372c; --even: #7a6210 }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #9aa5b1; --line: #323a44; --panel: #1c2229; --accent: #6cb6f5; --good: #5cc98a; --bad: #f08a7e; --even: #d9bd62 } }
@@ -211,6 +213,7 @@ main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem } h2 { font-size: 1.45rem; margin: 2.6rem 0 .6rem } h3 { font-size: 1.2rem; line-height: 1.3; margin: 0 } h4 { font-size: 1rem; margin: 1.6rem 0 .5rem }
 a { color: var(--accent) } code { font-size: .9em; overflow-wrap: anywhere }
 .scale { margin: 0; color: var(--soft) } .scale b { color: var(--ink) }
+.tier { margin: 1.4rem 0 .5rem; font-weight: 600 } .tier + .facts { margin: 0 }
 .facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 0; padding: 0; list-style: none }
 .facts li { flex: 1 1 8rem; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .5rem; color: var(--soft); font-size: .9rem; line-height: 1.35 } .facts b { display: block; color: var(--ink); font-size: 1.45rem; line-height: 1.2; font-variant-numeric: tabular-nums }
 nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0 1.6rem } nav a { padding: .2rem .75rem; border: 1px solid var(--line); border-radius: 1rem; text-decoration: none; font-size: .92rem } nav a:hover { border-color: var(--accent) }
@@ -228,7 +231,7 @@ details { margin-top: .8rem; font-size: .88rem; color: var(--soft) } summary { c
 @media print { @page { margin: 1.6cm } :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb } main { max-width: none; padding: 0 } nav, summary { display: none } figure, tr, .fault { break-inside: avoid } h2, h3, h4 { break-after: avoid } body { font-size: 10.5pt } }
 '''
 
-# %% ../../nbs/api/repro/07_report.ipynb #9f0d73d9
+# %% ../../nbs/api/repro/07_report.ipynb #100ab742
 _PAGE = '''{% macro verdict_table(claims) %}<div class="wide"><table class="claims"><thead><tr><th>Statement</th><th>Ours</th><th>Published</th><th>Verdict</th></tr></thead><tbody>
 {% for c in claims %}<tr><td>{{ c.about }}</td><td data-of="ours">{{ shown(c.ours) }}</td><td data-of="published">{{ shown(c.published) }}</td><td><span class="verdict {{ tone.get(c.verdict, '') }}">{{ c.words or c.verdict }}</span></td></tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
@@ -237,7 +240,10 @@ _PAGE = '''{% macro verdict_table(claims) %}<div class="wide"><table class="clai
 <link rel="icon" href="data:,"><style>{{ style }}</style></head><body><main>
 <header><h1>{{ headline }}</h1>
 <p class="scale"><b>{{ scales|join(' and ') }} scale</b>{% if virtual %} · virtual patients: mechanisms, not clinical numbers{% endif %}</p>
-<ul class="facts"><li><b>{{ drawn }} of {{ sections|length }}</b> notebooks executed without error</li>{% for word, n in verdicts %}<li><b>{{ n }}</b> {{ word }}</li>{% endfor %}</ul></header>
+<ul class="facts"><li><b>{{ drawn }} of {{ sections|length }}</b> notebooks executed without error</li></ul>
+{% for scale, counts in verdicts %}<p class="tier">Verdicts at {{ scale }} scale{% if scale not in scales %}, from results committed with the library{% endif %}</p>
+<ul class="facts">{% for word, n in counts %}<li><b>{{ n }}</b> {{ word }}</li>{% endfor %}</ul>
+{% endfor %}</header>
 {% if failures %}<div class="fault" id="failures"><h2>What failed</h2><ul>{% for f in failures %}<li><b>{{ f.what }}</b><pre>{{ f.message }}</pre>{% if f.log %}<small>log: <code>{{ f.log }}</code></small>{% endif %}</li>{% endfor %}</ul></div>{% endif %}
 {% for paper, group in papers %}{% if papers|length > 1 %}<h2 id="{{ paper }}">{{ titles.get(paper, paper) }}</h2>{% endif %}
 <nav aria-label="Tables and figures">{% for s in group %}<a href="#{{ s.anchor }}">{{ s.label }}</a>{% endfor %}{% if disputes(paper) %}<a href="#{{ paper }}-contradictions">Contradictions</a>{% endif %}</nav>
@@ -254,10 +260,13 @@ _PAGE = '''{% macro verdict_table(claims) %}<div class="wide"><table class="clai
 {% endfor %}</main></body></html>
 '''
 
-# %% ../../nbs/api/repro/07_report.ipynb #42864b2b
-def _verdicts(sections) -> list: # (words, how many), the most frequent first
-    words = [c.get('verdict', '') for s in sections for c in s.claims]
-    return sorted(((w, words.count(w)) for w in set(words)), key=lambda p: (-p[1], p[0]))
+# %% ../../nbs/api/repro/07_report.ipynb #59ad041b
+def _verdicts(sections) -> list: # (scale, [(verdict, how many), the most frequent first])
+    "Verdicts of each scale by themselves: those of committed results say nothing of the runs on this page"
+    found = {}
+    for s in sections:
+        for c in s.claims: found.setdefault(c.get('scale') or s.scale, Counter())[c.get('verdict', '')] += 1
+    return [(scale, sorted(n.items(), key=lambda p: (-p[1], p[0]))) for scale, n in found.items()]
 
 @lru_cache(maxsize=None)
 def _template(): return Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
@@ -267,7 +276,7 @@ def render_report(
     failures:Iterable=() # Dicts: what, message, log
 ) -> str: # HTML
     "The page"
-    scales = sorted({s.provenance.get('parameters', {}).get('scale', 'unknown') for s in sections}) or ['no']
+    scales = sorted({s.scale for s in sections}) or ['no']
     papers = [(p, [s for s in sections if s.paper == p]) for p in dict.fromkeys(s.paper for s in sections)]
     titles = [TITLES.get(p, p) for p, _ in papers]
     return _template().render(headline=f"{titles[0]}, reproduced" if len(titles) == 1 else 'The papers, reproduced', style=Markup(_STYLE), scales=scales,
@@ -279,8 +288,9 @@ def write_report(
 ) -> Path: # <folder>/report.html
     "Build the page from what lies in a folder"
     folder = Path(folder)
-    found = sorted(folder.glob('*/*.ipynb'), key=lambda p: (p.parent.name, item_order(p.parent.name, p.stem)))
-    if not found: raise FileNotFoundError(f'{folder} holds no executed notebooks; medxfer reproduce makes them')
+    ended = (p for p in folder.glob('*/*.ipynb') if p.with_suffix('.provenance.json').exists())
+    found, failures = sorted(ended, key=lambda p: (p.parent.name, item_order(p.parent.name, p.stem))), _read_json(folder/'failures.json', [])
+    if not found and not failures: raise FileNotFoundError(f'{folder} holds no executed notebooks; medxfer reproduce makes them')
     page = folder/'report.html'
-    page.write_text(render_report([read_section(p) for p in found], _read_json(folder/'failures.json', [])), encoding='utf-8')
+    page.write_text(render_report([read_section(p) for p in found], failures), encoding='utf-8')
     return page

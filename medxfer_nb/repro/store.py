@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MACHINERY', 'log', 'PRUNABLE', 'ConfigError', 'typed_value', 'digest', 'RunConfig', 'source_hash',
-           'source_closure', 'code_fingerprint', 'run_key', 'git_state', 'versions', 'hardware', 'write_json',
-           'file_hash', 'save_tensors', 'load_tensors', 'Record', 'damage', 'Store', 'Result', 'pack_array',
-           'unpack_array', 'PublishedRecord', 'publish', 'published_runs', 'published_run']
+           'source_closure', 'code_fingerprint', 'check_imported', 'run_key', 'git_state', 'versions', 'hardware',
+           'write_json', 'file_hash', 'save_tensors', 'load_tensors', 'Record', 'damage', 'Store', 'Result',
+           'pack_array', 'unpack_array', 'PublishedRecord', 'publish', 'published_runs', 'published_run']
 
-# %% ../../nbs/api/repro/01_store.ipynb #f71037ed
+# %% ../../nbs/api/repro/01_store.ipynb #e0fa8fd2
 import ast, base64, hashlib, json, logging, math, numbers, os, platform, re, shutil, subprocess, sys, types, zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, MISSING
 from functools import lru_cache
 from importlib import metadata, resources, util
@@ -147,7 +146,7 @@ def source_hash(
     "Hash of what the source does: blind to comments, docstrings and layout"
     return digest(_tree(ast.parse(source)), 64)
 
-# %% ../../nbs/api/repro/01_store.ipynb #8d10743f
+# %% ../../nbs/api/repro/01_store.ipynb #882c3815
 MACHINERY = frozenset(f'medxfer_nb.repro.{name}' for name in ('store', 'jobs', 'notebooks', 'targets', 'report'))
 
 def _source_file(
@@ -198,11 +197,30 @@ def source_closure(
     if module not in seen and module not in MACHINERY: raise ConfigError(f'{module} has no Python source file; a run can only be keyed by code that lies in a module')
     return dict(sorted(seen.items()))
 
+_SEEN = {} # Dotted name -> module, hash of its source: as first seen imported, or as last seen before that (then the module is None)
+
+def _changed(closure:dict) -> list:
+    "Modules of a closure whose file is no longer what this process imported"
+    for name, found in closure.items():
+        module, (known, before) = sys.modules.get(name), _SEEN.get(name, (None, found))
+        is_same = module and known in (None, module) # Imported since, or long ago: inside a function, perhaps
+        _SEEN[name] = module, before if is_same else found
+    return [name for name, found in closure.items() if _SEEN[name][1] != found]
+
 def code_fingerprint(
     module:str # Dotted name of the module that trains
 ) -> str: # 16 hexadecimal digits
     "Hash of the source that a run of this module uses"
-    return digest(source_closure(module))
+    closure = source_closure(module)
+    _changed(closure)
+    return digest(closure)
+
+def check_imported(
+    module:str # Dotted name of the module that trains
+) -> None:
+    "Refuse to train in a process that imported other code than that on the disk: the result would be kept under the key of the new code"
+    if changed := _changed(source_closure(module)):
+        raise ConfigError(f"{', '.join(changed)} changed on disk since this process imported it: restart the kernel")
 
 # %% ../../nbs/api/repro/01_store.ipynb #454e186c
 def run_key(
@@ -214,7 +232,7 @@ def run_key(
     "The name of a run in the store"
     return digest([FORMAT, config.config_key, data_hash, code_hash, list(parents)], 24)
 
-# %% ../../nbs/api/repro/01_store.ipynb #861c132e
+# %% ../../nbs/api/repro/01_store.ipynb #e8a9b403
 def git_state() -> dict: # commit (40 hexadecimal digits or None), dirty (bool or None)
     "Commit of the checkout this library runs from; None when it is an installed copy"
     def git(*args): return subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
@@ -236,13 +254,21 @@ def _cpu_name() -> str:
     except OSError: found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
+def _cores(
+    quota:Path=Path('/sys/fs/cgroup/cpu.max') # 'max 100000' or '150000 100000': microseconds of processor time per period
+) -> int:
+    "Cores that this process may use: its affinity, within the quota of its control group (what a container is given)"
+    try: cores = len(os.sched_getaffinity(0))
+    except AttributeError: cores = os.cpu_count() or 1 # Not every system has affinities
+    try: used, period = quota.read_text().split()
+    except (OSError, ValueError): return cores
+    return cores if used == 'max' else max(1, min(cores, int(used)//int(period)))
+
 def hardware() -> dict: # system, cpu, cores, memory_gb, gpu
     "What computed, without naming the machine"
     torch = sys.modules.get('torch') # Looking at a store must not cost the import of torch
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    try: cores = len(os.sched_getaffinity(0))
-    except AttributeError: cores = os.cpu_count() # Not every system has affinities
-    return dict(system=platform.system(), cpu=_cpu_name(), cores=cores,
+    return dict(system=platform.system(), cpu=_cpu_name(), cores=_cores(),
                 memory_gb=round(psutil.virtual_memory().total/2**30), gpu=gpu)
 
 # %% ../../nbs/api/repro/01_store.ipynb #b2c3c560
@@ -337,7 +363,7 @@ class Record:
     def size(self) -> int: # Bytes
         return sum(f['size'] for f in self.manifest.get('files', {}).values())
 
-# %% ../../nbs/api/repro/01_store.ipynb #af6cee03
+# %% ../../nbs/api/repro/01_store.ipynb #abfbd292
 def damage(
     folder:Path # A run's folder
 ) -> str | None: # What is wrong; None if every byte is as it was written
@@ -345,6 +371,7 @@ def damage(
     try: manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return 'manifest.json cannot be read'
     if not isinstance(manifest, dict) or manifest.pop('sha256', None) != digest(manifest, 64): return 'manifest.json was changed'
+    if manifest.get('key') != folder.name: return f"manifest.json is that of run {manifest.get('key')}"
     for name, expected in manifest['files'].items():
         path = folder/name
         if not path.is_file(): return f'{name} is missing'
@@ -580,7 +607,7 @@ def publish(
     _published.cache_clear()
     return path
 
-# %% ../../nbs/api/repro/01_store.ipynb #65ebf63b
+# %% ../../nbs/api/repro/01_store.ipynb #78f8ddb0
 @lru_cache(maxsize=None)
 def _published(paper:str, path:Path|None) -> dict:
     "A paper's committed results, read once"
@@ -600,6 +627,7 @@ def published_run(
     config:RunConfig, # What is looked for
     path:Path=None # Another file than the one that comes with the library
 ) -> PublishedRecord | None:
-    "The committed result of one configuration"
+    "The committed result of one configuration; none if a default has another value today than when it was made"
     found = _published(config.paper, path).get(config.config_key)
-    return found and PublishedRecord(found.manifest, config, arrays=found.arrays)
+    if not found or not found.manifest['config'].items() <= _finite(config.as_dict()).items(): return None
+    return PublishedRecord(found.manifest, config, arrays=found.arrays)

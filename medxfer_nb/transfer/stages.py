@@ -60,12 +60,15 @@ def get_strategy(strategy: str | Strategy) -> Strategy: # By name, or itself
     if strategy not in STRATEGIES: raise ValueError(f'no strategy {strategy!r}; there are: {", ".join(STRATEGIES)}')
     return STRATEGIES[strategy]
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #5ca8deba
+# %% ../../nbs/api/transfer/01_stages.ipynb #2aa6bf5f
 def reset_part(
     part: nn.Module, # Layers with `reset_parameters`, PyTorch's convention
     seed: int, # Same seed, same weights
 ) -> nn.Module: # The same module
     "Initialise a module anew; the global random state stays as it is."
+    fixed = [name or type(part).__name__ for name, m in part.named_modules()
+             if not hasattr(m, 'reset_parameters') and next(m.parameters(recurse=False), None) is not None]
+    if fixed: raise ValueError(f'{", ".join(fixed)} would keep the old weights: a module with parameters of its own needs `reset_parameters`')
     devices = {p.device for p in part.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -87,7 +90,7 @@ def begin_stage(
     for name in 'TE' if parent is not None else '':
         part = {k[2:]: v for k, v in parent.items() if k.startswith(f'{name}.')}
         getattr(model, name).load_state_dict(part)
-    for i, name in enumerate(s.fresh): reset_part(getattr(model, name), seed * 10 + 'TEC'.index(name))
+    for name in s.fresh: reset_part(getattr(model, name), seed * 10 + 'TEC'.index(name))
     return model
 
 # %% ../../nbs/api/transfer/01_stages.ipynb #d56b6d36
@@ -152,7 +155,7 @@ def untouched(learn: Learner): # Learner to experiment with
             loader.update(order)
             random.setstate(global_states[0]); np.random.set_state(global_states[1])
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #324693b8
+# %% ../../nbs/api/transfer/01_stages.ipynb #2dd8c0ce
 @dataclass(frozen=True)
 class LrCurve:
     "What the learning-rate finder saw and chose."
@@ -174,6 +177,7 @@ def find_lr(
     span: tuple[float, float] = (1e-6, 10.), # First and last rate tried
     bounds: tuple[float, float] = (1e-4, 1.), # The choice stays in here
     seed: int = 0, # For the order of the batches
+    config: object = None, # Of the run, for the message of `TrainingDiverged`
 ) -> LrCurve:
     "Find the maximum learning rate; the learner stays exactly as it was."
     if iterations < 50: raise ValueError(f'{iterations} iterations give unreliable suggestions: take 50 or more')
@@ -183,7 +187,10 @@ def find_lr(
         lrs, losses = np.array(learn.recorder.lrs), torch.stack([torch.as_tensor(l) for l in learn.recorder.losses]).cpu()
     finite = int(losses.isfinite().long().cumprod(0).sum())
     used = slice(iterations // 10, min(finite, len(losses) - 5)) # smoothing needs a start, divergence comes last
-    if used.stop - used.start < 20: raise TrainingDiverged(f'the loss diverged after {finite} steps of the learning-rate finder', finite, float(losses[-1]))
+    if used.stop - used.start < 20:
+        loss = float(losses[min(finite, len(losses) - 1)])
+        raise TrainingDiverged(f'the loss diverged to {loss} at step {finite} of the learning-rate finder: give `lr` or check the inputs. Run: {config}',
+                               finite, loss, config)
     suggestions = {rule.__name__: rule(lrs[used], losses[used], iterations)[0] for rule in (valley, slide, minimum)}
     choice = float(np.clip(np.median(list(suggestions.values())), *bounds))
     return LrCurve(lrs[:finite].tolist(), losses[:finite].tolist(), suggestions, choice)
@@ -281,7 +288,7 @@ class Checkpoint(Callback):
         part.write_bytes(hashlib.sha256(buffer.getvalue()).hexdigest().encode() + buffer.getvalue())
         os.replace(part, self.path)
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #2213f3c3
+# %% ../../nbs/api/transfer/01_stages.ipynb #15eaf94c
 @dataclass(frozen=True)
 class StageResult:
     "What a stage leaves behind, besides the weights in its model."
@@ -315,7 +322,7 @@ def fit_stage(
     stage = dict(strategy=learn.strategy.name, steps=steps, validate_every=validate_every, seed=seed, lr=lr)
     saved = read_checkpoint(checkpoint, stage) if checkpoint else None
     if saved: curve = saved['curve'] and LrCurve(**saved['curve'])
-    else: curve = find_lr(learn, seed=seed) if lr is None else None
+    else: curve = find_lr(learn, seed=seed, config=config) if lr is None else None
     rate = curve.choice if curve else lr
     cbs = [SeedEpochs(seed), StopOnNaN(config), keep, *callbacks]
     if checkpoint: cbs.append(Checkpoint(checkpoint, keep, dict(stage=stage, curve=curve and asdict(curve)), saved))
