@@ -60,3 +60,8 @@ def test_lock_pins_every_requirement():
     needed = {re.split(r'[<>=!~]', r)[0].lower() for k in ('requirements', 'dev_requirements') for r in config['DEFAULT'][k].split()}
     lock = {line.split('==')[0].lower() for line in (ROOT/'requirements.lock').read_text().splitlines() if '==' in line}
     assert needed <= lock, f'not pinned: {sorted(needed - lock)}'
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r'\]\((?!https?:|#)([^)#]+)', (ROOT/'README.md').read_text(encoding='utf-8'))
+    assert links and not [link for link in links if not (ROOT/link).exists()]
