@@ -364,7 +364,7 @@ def _finish(out, failures) -> None:
     typer.echo(f'report: {_near(write_report(out))}')
     if failures: raise typer.Exit(1)
 
-# %% ../nbs/api/cli.ipynb #eb0868b0
+# %% ../nbs/api/cli.ipynb #1b30d15f
 _STORE_HELP = 'Where runs are kept. Default: $MEDXFER_STORE, else results/store.'
 _OUT_HELP = 'Where executed notebooks, figures and the report go. Default: results/SCALE.'
 _SCALE_HELP = 'smoke (seconds, a test), demo, study or paper.'
@@ -405,9 +405,11 @@ def _heed_interrupts() -> None:
 def _carry_out(plan, store, data_root, jobs, todo, out) -> None:
     "Fetch, train, draw, report"
     from medxfer_nb.data.assets import fetch
+    from medxfer_nb.repro.jobs import prepare
     _heed_interrupts()
     try:
         for name in needed_assets(plan): fetch(name, say=typer.echo)
+        prepare(plan, data_root, typer.echo)
         drawings = Drawings(todo, out, jobs)
         if plan.todo: _train(plan, store, data_root, jobs, drawings)
         drawings.finish()

@@ -77,3 +77,14 @@ def _rows(raw, part):
     "Row numbers in the pool: study identifiers are unique per film in the chest cohorts."
     where = {(p, s): i for i, (p, s) in enumerate(zip(raw.frame.patient, raw.frame.study))}
     return [where[k] for k in zip(part.frame.patient, part.frame.study)]
+
+
+def test_films_are_rendered_before_the_first_run_starts(run, monkeypatch):
+    asked, hospital = [], replace(run, dataset='virtual-hospital')
+    monkeypatch.setattr(colorization, 'virtual_films', lambda *pool, **options: asked.append(pool) or virtual_films(*pool))
+    colorization.prepare([run, hospital, replace(run, seed=1)], None, print)
+    made = set(asked)
+    assert len(asked) == len(made) == 6  # three pools each
+    asked.clear()
+    colorization.read_films(hospital), colorization.input_stats(hospital, None)
+    assert len(asked) == 4 and set(asked) <= made  # what a run reads was there

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'REAL', 'SECONDS', 'EXPERIMENT', 'ColorRun', 'weights_parent', 'lr_parent', 'parents', 'need_root',
-           'read_real', 'settled', 'read_films', 'input_stats', 'imagenet_weights', 'build_net', 'known_mean', 'Tell',
-           'predict', 'score', 'changed_parts', 'train', 'real_hash', 'data_hash', 'cost', 'colour_module',
-           'export_colorizer']
+           'read_real', 'settled', 'virtual_pools', 'source_pool', 'read_films', 'input_stats', 'imagenet_weights',
+           'build_net', 'known_mean', 'Tell', 'predict', 'score', 'changed_parts', 'train', 'real_hash', 'data_hash',
+           'cost', 'prepare', 'colour_module', 'export_colorizer']
 
-# %% ../../nbs/api/repro/04_colorization.ipynb #0eaafaa3
+# %% ../../nbs/api/repro/04_colorization.ipynb #b0c70c20
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -123,10 +124,22 @@ def read_real(
     reader, train, test = REAL[dataset]
     return reader(data_root, train), reader(data_root, test)
 
-# %% ../../nbs/api/repro/04_colorization.ipynb #2e7e2b50
+# %% ../../nbs/api/repro/04_colorization.ipynb #bb0f347e
 def settled(cases: Cases) -> Cases:
     "The paper's policy for uncertain labels (Section IV.A)."
     return replace(cases, frame=apply_policy(cases.frame, 'paper', list(cases.labels))) if (cases.targets == -1).any() else cases
+
+def virtual_pools(
+    run: ColorRun,                     # On a virtual data set
+) -> list[tuple[str, str, int, int]]:  # Arguments of `virtual_films`
+    "The pools that a run trains, validates and tests on."
+    return [(run.dataset, split, n, run.size) for split, n in dict(train=run.n_pool, valid=run.n_valid, test=run.n_test).items()]
+
+def source_pool(
+    run: ColorRun,                 # On a virtual data set
+) -> tuple[str, str, int, int]:    # Arguments of `virtual_films`
+    "The training films of the data set that plays CheXpert."
+    return SOURCE[run.dataset], 'train', run.n_pool, run.size
 
 def read_films(
     run: ColorRun,                        # Data set, pool sizes, subset and draw
@@ -137,12 +150,12 @@ def read_films(
         known, test = read_real(run.dataset, need_root(run.dataset, data_root))
         rows = split_patients(known.frame.patient, dict(train=.9, valid=.1), seed=0)
         films = dict(train=known.subset(rows['train']), valid=known.subset(rows['valid']), test=test)
-    else: films = {s: virtual_films(run.dataset, s, n, run.size) for s, n in dict(train=run.n_pool, valid=run.n_valid, test=run.n_test).items()}
+    else: films = {pool[1]: virtual_films(*pool) for pool in virtual_pools(run)}
     check_disjoint({s: c.frame.patient for s, c in films.items()})
     if run.n_train: films['train'] = films['train'].subset(draw_subset(films['train'].targets, n=run.n_train, draw=run.draw, seed=0))
     return {s: settled(c) for s, c in films.items()}
 
-# %% ../../nbs/api/repro/04_colorization.ipynb #b967ac1f
+# %% ../../nbs/api/repro/04_colorization.ipynb #291eb458
 def input_stats(
     run: ColorRun,                 # Which normalisation, and the source set
     net: ColorizedNet,             # Its encoder knows what it was trained with
@@ -150,7 +163,7 @@ def input_stats(
     "What pixels are normalised by (Section IV.B)."
     if run.stats == 'backbone': return tuple(float(np.mean(net.E.pretrained_cfg[k])) for k in ('mean', 'std'))
     if run.dataset in REAL: return CHEXPERT_STATS
-    return pixel_stats(virtual_films(SOURCE[run.dataset], 'train', run.n_pool, run.size))
+    return pixel_stats(virtual_films(*source_pool(run)))
 
 # %% ../../nbs/api/repro/04_colorization.ipynb #b0de68cf
 def imagenet_weights(
@@ -260,7 +273,7 @@ def data_hash(
     if run.dataset not in REAL: return ASSETS['chest-ct'].wheel_sha256
     return real_hash(run.dataset, run.backbone, need_root(run.dataset, data_root))
 
-# %% ../../nbs/api/repro/04_colorization.ipynb #7d9122b6
+# %% ../../nbs/api/repro/04_colorization.ipynb #4880253a
 SECONDS = {'none': .025, 'affine': .06, 'deconv': .13, 'pixelshuffle': .12, 'coloru': .09}  # A step of 16 films at 64 px with fixed E, 2 cores
 
 def cost(
@@ -272,7 +285,16 @@ def cost(
     asks = 0 if run.lr or lr_parent(run) else 100  # steps of the finder
     return 4 + step*(run.steps + asks)*run.batch/16*(run.size/64)**2
 
-EXPERIMENT = Experiment(config=ColorRun, train=train, parents=parents, data_hash=data_hash, cost=cost)
+def prepare(
+    runs: Sequence[ColorRun],    # About to be trained
+    data_root: Path | None,      # Folder of the publishers' folders
+    say: Callable,               # Takes a line
+) -> None:
+    "Render the virtual films of all runs while no run needs a core yet."
+    virtual = [run for run in runs if run.dataset not in REAL]
+    for pool in dict.fromkeys(pool for run in virtual for pool in (source_pool(run), *virtual_pools(run))): virtual_films(*pool, progress=say)
+
+EXPERIMENT = Experiment(config=ColorRun, train=train, parents=parents, data_hash=data_hash, cost=cost, prepare=prepare)
 
 # %% ../../nbs/api/repro/04_colorization.ipynb #057b1762
 def colour_module(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Context', 'Experiment', 'register', 'experiment', 'Job', 'Plan', 'duration', 'plan', 'seeded',
            'perform', 'Outcome', 'Ticket', 'Executor', 'Serial', 'stop_with', 'Processes', 'Progress', 'Runs',
-           'RunFailed', 'load_or_run']
+           'RunFailed', 'prepare', 'load_or_run']
 
 # %% ../../nbs/api/repro/02_jobs.ipynb #e0eae949
 import importlib, json, os, random, resource, select, shutil, signal, statistics, subprocess, sys, threading, time, traceback
@@ -19,7 +19,7 @@ import numpy as np
 
 from .store import ConfigError, Record, RunConfig, Store, check_imported, code_fingerprint, hardware, published_run, run_key
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #c532f769
+# %% ../../nbs/api/repro/02_jobs.ipynb #918c2a7d
 @dataclass(frozen=True)
 class Context:
     "What a training function gets besides its configuration"
@@ -33,6 +33,7 @@ class Context:
 def _no_parents(config): return []
 def _no_data(config, data_root): return ''
 def _unit_cost(config): return 1.
+def _nothing_shared(configs, data_root, say): pass
 
 @dataclass(frozen=True)
 class Experiment:
@@ -42,6 +43,7 @@ class Experiment:
     parents: Callable = _no_parents # parents(config) -> list of configurations whose weights it needs
     data_hash: Callable = _no_data # data_hash(config, data_root) -> text; called for every plan, so it should be quick
     cost: Callable = _unit_cost # cost(config) -> seconds on all cores of an ordinary machine; their ratios matter most
+    prepare: Callable = _nothing_shared # prepare(configs, data_root, say): make what several runs read, before the first one starts
     code: str = '' # Module whose source enters the key; default: that of `train`
 
     @property
@@ -521,7 +523,7 @@ class RunFailed(RuntimeError):
         super().__init__(f'{len(runs.failures)} runs were not finished\n{runs.summary()}')
         self.runs = runs
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #80f1d50f
+# %% ../../nbs/api/repro/02_jobs.ipynb #3033060b
 def _execute(executor:Executor, todo:Sequence[Job], progress:Progress|None) -> list: # Outcomes
     "Submit jobs in order and wait for them"
     tickets = {}
@@ -532,6 +534,14 @@ def _execute(executor:Executor, todo:Sequence[Job], progress:Progress|None) -> l
             outcomes.append(outcome)
             if progress: progress.ends(outcome)
     return outcomes
+
+def prepare(
+    plan:Plan, # About to be carried out
+    data_root:Path=None, # The user's data sets
+    say:Callable=print # Takes a line
+) -> None:
+    "Make what its runs share, with every core, before the first of them starts"
+    for paper in dict.fromkeys(j.config.paper for j in plan.todo): experiment(paper).prepare([j.config for j in plan.todo if j.config.paper == paper], data_root, say)
 
 def load_or_run(
     configs:Iterable[RunConfig], # The runs that are wanted; what is named twice is returned once
@@ -547,6 +557,7 @@ def load_or_run(
     store = store if isinstance(store, Store) else Store(store)
     p = plan(configs, store, data_root, published)
     executor = executor or (Serial(store, data_root) if jobs == 1 else Processes(store, data_root, jobs))
+    prepare(p, data_root, progress or (lambda line: None))
     outcomes = _execute(executor, p.todo, progress and Progress(p, progress)) if p.todo else []
     records = [p.found.get(j.key) or store.get(j.key, j.config) for j in p.wanted]
     runs = Runs([r for r in records if r], [o for o in outcomes if o.status != 'done'])
