@@ -1,5 +1,6 @@
 """The path that users with the real data sets take, on small folders in the publishers' layouts: it really trains."""
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,36 @@ def data_root(tmp_path_factory):
                         | dict.fromkeys(NAMES) | {o: films.frame[o][i] or None for o in OBSERVATIONS})
         pd.DataFrame(rows).to_csv(root/f'CheXpert-v1.0-small/{split}.csv', index=False)
     return root
+
+
+def write_film(pixels, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).resize((390, 320)).save(path)
+
+
+@pytest.fixture(scope='module')
+def all_three(data_root):
+    "Beside it ChestX-ray14 and MURA in their layouts."
+    nih, rows, listed = data_root/'ChestX-ray14', [], {}
+    for split, n in dict(train=24, test=8).items():
+        films = virtual_films('virtual-hospital', split, n, 32)
+        for i in range(n):
+            patient, name = films.patient_codes[i] + (1_000 if split == 'test' else 1), f'{split}{i:05d}_000.png'
+            write_film(films.pixels[i], nih/'images_001'/'images'/name)
+            findings = '|'.join(o.replace('Pleural ', '') for o in OBSERVATIONS if films.frame[o][i]) or 'No Finding'
+            rows.append({'Image Index': name, 'Finding Labels': findings, 'Follow-up #': i, 'Patient ID': patient, 'View Position': 'PA'})
+            listed.setdefault(split, []).append(name)
+    pd.DataFrame(rows).to_csv(nih/'Data_Entry_2017_v2020.csv', index=False)
+    for split, file in dict(train='train_val_list.txt', test='test_list.txt').items(): (nih/file).write_text('\n'.join(listed[split]))
+    for split, n in dict(train=24, valid=8).items():
+        films, paths = virtual_films('virtual-bone', split, n, 32), []
+        for i in range(n):
+            label = int(films.frame.Abnormal[i] != 0)
+            paths.append(f'MURA-v1.1/{split}/XR_SHOULDER/patient{i + (1 if split == "train" else 11_185):05d}/study1_{"positive" if label else "negative"}/image1.png')
+            write_film(films.pixels[i], data_root/paths[-1])
+        (data_root/'MURA-v1.1'/f'{split}_image_paths.csv').write_text('\n'.join(paths) + '\n')
+        (data_root/'MURA-v1.1'/f'{split}_labeled_studies.csv').write_text(''.join(f'{Path(p).parent}/,{int("positive" in p)}\n' for p in paths))
+    return data_root
 
 
 @pytest.fixture
@@ -69,6 +100,21 @@ def test_killed_run_resumes_with_the_same_numbers(tmp_path, data_root, run, monk
     assert len(steps) == 2                                         # only the last stretch was trained again
     assert np.array_equal(resumed.predictions()['scores'], whole.predictions()['scores'])
     assert [h['iteration'] for h in resumed.history] == [2, 4, 6]
+
+
+def test_transfer_to_the_other_two_data_sets(tmp_path, all_three, run):
+    "Eq. 3 and the fine-tuned transfer: T learned on the small CheXpert, used on the other two."
+    moved = [replace(run, strategy='last_layer', source='color_module', dataset=d, steps=2) for d in ('chestxray14', 'mura')]
+    tuned = replace(run, strategy='all', source='all', dataset='chestxray14', steps=2)
+    nih, mura, full = load_or_run([*moved, tuned], Store(tmp_path/'store'), data_root=all_three, progress=None, strict=True)
+    assert nih.predictions()['scores'].shape == (8, 5) and mura.predictions()['scores'].shape == (8, 1)
+    assert 0 <= mura.metrics['auc_Abnormal'] <= 1 and 0 <= mura.metrics['study_auc_Abnormal'] <= 1
+    assert nih.metrics['input_mean'] == mura.metrics['input_mean'] == pytest.approx(.5028)  # CheXpert's everywhere (Section IV.B)
+    source, = load_or_run([replace(moved[0], strategy='color_module', source='', dataset='chexpert')], Store(tmp_path/'store'), data_root=all_three, progress=None)
+    kept, learned = source.weights(), full.weights()
+    for record in (nih, mura):  # T is CheXpert's to the bit, and only C is new
+        assert all(np.array_equal(v, kept[k]) for k, v in record.weights().items() if k.startswith('T.')) and not any(k.startswith('E.') for k in record.weights())
+    assert any(not np.array_equal(v, kept[k]) for k, v in learned.items() if k.startswith('T.')) and any(k.startswith('E.') for k in learned)
 
 
 def test_missing_data_root_says_what_to_do(tmp_path, run):

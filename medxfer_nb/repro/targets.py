@@ -216,7 +216,7 @@ def contradictions(
     "What to print beside the numbers of a paper"
     return [c for c in CONTRADICTIONS if c.paper == paper]
 
-# %% ../../nbs/api/repro/00_targets.ipynb #a66ba814
+# %% ../../nbs/api/repro/00_targets.ipynb #c0e91c9e
 SCALES = ('smoke', 'demo', 'study', 'paper')
 
 @dataclass(frozen=True)
@@ -251,16 +251,16 @@ def _distance_verdict(estimate, published, tolerance) -> str:
 
 NULL_VERDICTS = ('no difference shown, as published', 'differs: the paper found no difference')
 
-def _direction_verdict(interval, published, no_difference) -> str:
+def _direction_verdict(interval, published, no_difference, margin) -> str:
     "On which side of zero?"
     low, high = interval
     open_sign = low <= 0 <= high
-    if not all(map(math.isfinite, interval)): return 'undecided'
+    if not all(map(math.isfinite, interval)) or (no_difference and open_sign and max(-low, high) > margin): return 'undecided'
     if no_difference: return NULL_VERDICTS[not open_sign]
     if open_sign or published.value == 0: return 'undecided'
     return 'same direction' if (low > 0) == (published.value > 0) else 'opposite'
 
-# %% ../../nbs/api/repro/00_targets.ipynb #4cde530d
+# %% ../../nbs/api/repro/00_targets.ipynb #e85b995b
 def verdict(
     about:str, # The statement in a few words
     ours:float|object|None, # A number, or an object with `estimate` and `interval` (evaluate.stats); None: not run
@@ -270,7 +270,8 @@ def verdict(
     unit:float=1., # What ours is multiplied by to have the published unit: 100 from AUC in [0, 1] to percent
     interval:tuple=None, # (low, high) of ours, in the unit of ours; default: `ours.interval`
     same_anatomy:bool=False, # Do source and target of the transfer share one anatomy?
-    no_difference:bool=False # Is the published statement that there is no difference?
+    no_difference:bool=False, # Is the published statement that there is no difference?
+    margin:float=math.inf # An interval around 0 that reaches further shows nothing, not even no difference; in the published unit
 ) -> Claim:
     "Compare ours with the published: a number by its distance, an effect by its direction"
     if scale not in SCALES: raise ValueError(f"{scale!r} is no scale; choose {', '.join(SCALES)}")
@@ -281,5 +282,5 @@ def verdict(
     if scale == 'paper' and not published.difference: word = _distance_verdict(estimate, published, tolerance)
     elif scale == 'smoke': word = 'undecided'
     elif any(map(math.isnan, interval)): raise ValueError(f'{about}: at {scale} scale a direction needs a confidence interval; give interval=(low, high)')
-    else: word = _direction_verdict(interval, published, no_difference)
+    else: word = _direction_verdict(interval, published, no_difference, margin)
     return Claim(about, word, scale, published, estimate, interval, same_anatomy, no_difference)

@@ -212,7 +212,7 @@ class SeedEpochs(Callback):
     def __init__(self, seed: int): self.seed = seed
     def before_epoch(self): seed_epoch(self.learn, self.seed, self.epoch)
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #01442699
+# %% ../../nbs/api/transfer/01_stages.ipynb #7dd8cc0c
 class StopOnNaN(Callback):
     "Raise `TrainingDiverged` at the first loss that is not finite."
     order = 60
@@ -232,15 +232,16 @@ class KeepBest(Callback):
         self.metric, self.history, self.best, self.weights = metric, [], None, None
 
     def before_train(self): self.losses = []
-    def before_validate(self): self.seen = []
+    def before_validate(self): self.seen, self.valid_losses, self.sizes = [], [], []
     def after_batch(self):
-        if self.training: self.losses.append(self.learn.loss.detach())
-        else: self.seen.append((self.pred.detach().float().cpu(), self.yb[0].detach().cpu().as_subclass(Tensor)))
+        if self.training: return self.losses.append(self.learn.loss.detach())
+        self.valid_losses.append(float(self.learn.loss))
+        self.sizes.append(len(self.yb[0]))
+        if self.metric: self.seen.append((self.pred.detach().float().cpu(), self.yb[0].detach().cpu().as_subclass(Tensor)))
 
     def after_validate(self):
-        scores, targets = (torch.cat(part) for part in zip(*self.seen))
-        loss = float(self.loss_func(scores, targets))
-        value = float(self.metric(scores.numpy(), targets.numpy())) if self.metric else -loss
+        loss = float(np.average(self.valid_losses, weights=self.sizes))
+        value = float(self.metric(*(torch.cat(part).numpy() for part in zip(*self.seen)))) if self.metric else -loss
         entry = dict(iteration=(self.epoch + 1) * len(self.dls.train), train_loss=float(torch.stack(self.losses).mean()),
                      valid_loss=loss, valid_metric=value, lr=float(self.opt.hypers[-1]['lr']))
         self.history.append(entry)
