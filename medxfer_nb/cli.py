@@ -64,8 +64,8 @@ def show_table(
     for row in rows: table.add_row(*map(str, row))
     Console(force_jupyter=False, highlight=False, markup=False).print(table)
 
-# %% ../nbs/api/cli.ipynb #8941dcd7
-PAPERS = {'colorization': 'medxfer_nb.repro.scales'}
+# %% ../nbs/api/cli.ipynb #7aa83b56
+PAPERS = {'colorization': 'medxfer_nb.repro.scales', 'l2sp': 'medxfer_nb.repro.lesion_scales'}
 
 def choose(
     what:str, # Kind of thing, for the message

@@ -19,7 +19,7 @@ import numpy as np
 
 from .store import ConfigError, Record, RunConfig, Store, check_imported, code_fingerprint, hardware, published_run, run_key
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #918c2a7d
+# %% ../../nbs/api/repro/02_jobs.ipynb #01e69d7d
 @dataclass(frozen=True)
 class Context:
     "What a training function gets besides its configuration"
@@ -49,7 +49,7 @@ class Experiment:
     @property
     def module(self) -> str: return self.code or self.train.__module__
 
-EXPERIMENTS = {'colorization': 'medxfer_nb.repro.colorization:EXPERIMENT'}
+EXPERIMENTS = {'colorization': 'medxfer_nb.repro.colorization:EXPERIMENT', 'l2sp': 'medxfer_nb.repro.lesions:EXPERIMENT'}
 
 def register(
     paper:str, # `RunConfig.paper`

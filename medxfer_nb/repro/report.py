@@ -172,9 +172,9 @@ def read_section(
         _plain(re.sub(r'\n>\s*', ' ', claim[1])) if claim else '', read_blocks(notebook, cells),
         _read_json(notebook.with_suffix('.claims.json'), []), _read_json(notebook.with_suffix('.provenance.json'), {}))
 
-# %% ../../nbs/api/repro/07_report.ipynb #5dd895a5
+# %% ../../nbs/api/repro/07_report.ipynb #850a1f2a
 TITLES = {'colorization': 'Learned colours for X-rays', 'l2sp': 'L2-SP transfer for CT', 'timm': 'T-IMM for brain MRI'}
-_ORDER = {'colorization': 'tab1 tab2 fig4 fig5 fig6 tab3'.split()}
+_ORDER = {'colorization': 'tab1 tab2 fig4 fig5 fig6 tab3'.split(), 'l2sp': 'fig1 fig2 tab'.split()}
 
 def item_order(
     paper:str, # Name of a paper
