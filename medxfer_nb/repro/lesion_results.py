@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BEST', 'STATEMENTS', 'METHODS', 'held', 'patients_frame', 'curves_frame', 'Statement', 'Finding', 'find',
-           'findings_table', 'best_lambda', 'Gathered', 'gather', 'published_points', 'published_table',
-           'overlay_slices', 'disputed']
+           'findings_table', 'best_lambda', 'Gathered', 'gather', 'published_points', 'published_table', 'source_table',
+           'class_weights_table', 'distances', 'overlay_slices', 'disputed']
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #2dd8dd6c
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #ca9c2e0d
 import math, os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from ..evaluate.paired import SOURCE_TITLES, TwoLevelMean, paired_table, two_lev
 from ..evaluate.stats import benjamini_hochberg, exact_floor
 from .jobs import RunFailed, Runs, load_or_run
 from .lesion_scales import SCALES, LesionScale, item_runs, scale_named
-from .lesions import LesionRun, begin_target, segment, test_scans
+from .lesions import LesionRun, begin_target, segment, source_run, test_scans
 from .results import Tier
 from .store import Record, published_run
 from .targets import Claim, Target, contradictions, published, target, verdict
@@ -213,6 +213,29 @@ def published_table(
     for (source, lam), own in (patients_frame(records).groupby(['source', 'lam']) if records else ()):
         rows[f'ours, {SOURCE_TITLES[source]}, λ = {lam:g}'] = dict(dice=f'{own.dice.mean():.3f}', source='this store')
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('method')
+
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #a80b6105
+def source_table(
+    g: Gathered,
+    store: str = '',       # As for `gather`
+) -> pd.DataFrame:         # One row per trained source, one column per task
+    "Dice of the source networks on held-out source patients; empty where none was trained."
+    wanted = dict.fromkeys(s for r in g.records if (s := source_run(r.config)))
+    found = load_or_run(wanted, store or os.environ.get('MEDXFER_STORE') or 'results/store', data_root=g.data_root, progress=None)
+    return pd.DataFrame({SOURCE_TITLES[r.config.source]: {k.removeprefix('dice_'): v for k, v in r.metrics.items() if k.startswith('dice_')} for r in found}).T.rename_axis('Dice of source task').round(2)
+
+def class_weights_table(
+    records: Sequence[Record],   # Runs on the target task: all have the same training slices
+) -> pd.DataFrame:               # One row
+    "Weights of the classes in the loss."
+    return pd.DataFrame([{k.removeprefix('weight_'): round(v, 2) for k, v in records[0].metrics.items() if k.startswith('weight_')}], index=['class weight'])
+
+def distances(
+    records: Iterable[Record],   # Runs on the target task
+) -> pd.DataFrame:               # One row per source, one column per penalty weight; mean over seeds
+    "How far the encoder is from its source weights after training."
+    rows = pd.DataFrame([dict(source=SOURCE_TITLES[r.config.source], lam=held(r.config), distance=r.metrics['distance']) for r in records])
+    return rows.pivot_table(index='source', columns='lam', values='distance', sort=False).round(2)
 
 # %% ../../nbs/api/repro/10_lesion_results.ipynb #9788d2b8
 def overlay_slices(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SOURCE', 'DECATHLON', 'STEP', 'EXPERIMENT', 'LesionRun', 'source_run', 'parents', 'Scan', 'virtual_scans',
            'real_scans', 'virtual_pools', 'covid_split', 'target_slices', 'test_scans', 'decathlon_tasks',
-           'source_slices', 'train_source', 'pooled_dice', 'begin_target', 'segment', 'score', 'train_target', 'train',
-           'data_hash', 'cost', 'prepare']
+           'source_slices', 'task_dice', 'train_source', 'pooled_dice', 'begin_target', 'segment', 'score',
+           'train_target', 'train', 'real_hash', 'data_hash', 'cost', 'prepare']
 
-# %% ../../nbs/api/repro/08_lesions.ipynb #3bb9e891
+# %% ../../nbs/api/repro/08_lesions.ipynb #b871f4be
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -25,13 +25,14 @@ from fastai.optimizer import Adam
 from ..data.assets import ASSETS, cache_dir
 from ..data.ct import CLASSES, CTCase, read_covid, read_decathlon, split_cases
 from ..data.slices import Slices, make_slices, resize_slices, slice_eval_loader, slice_loaders, window_to_unit
+from ..data.splits import split_patients
 from ..data.volumes import SOURCE_TASKS, virtual_ct
 from ..evaluate.volumes import overlap, postprocess, stack_volume
-from ..models.hydra import AlternatingLoader, OwnSteps, encoder_state, hydra, hydra_loss, load_encoder
+from ..models.hydra import AlternatingLoader, Hydra, OwnSteps, encoder_state, hydra, hydra_loss, load_encoder
 from ..models.unet import UNet, choose_unet_modes, class_weights, predict_slices, split_encoder_decoder, unet, weighted_cross_entropy
 from .colorization import Tell, imagenet_weights, need_root
 from .jobs import Context, Experiment
-from .store import ConfigError, Record, Result, RunConfig, file_hash
+from .store import ConfigError, Record, Result, RunConfig, digest, file_hash
 from ..transfer.freeze import Fix
 from ..transfer.l2sp import L2SP
 from ..transfer.stages import Strategy, fit_stage
@@ -155,7 +156,7 @@ def test_scans(
     if run.dataset == 'covid-ct': return real_scans(covid_split(run, data_root)['test'], run.size)
     return virtual_scans(virtual_ct(*virtual_pools(run)[2]))
 
-# %% ../../nbs/api/repro/08_lesions.ipynb #9f181e3d
+# %% ../../nbs/api/repro/08_lesions.ipynb #b747b8af
 def decathlon_tasks(
     data_root: Path,                            # Folder that holds TaskNN_Name folders
 ) -> dict[str, tuple[list[CTCase], tuple]]:     # Task -> cases, class names
@@ -172,11 +173,13 @@ def source_slices(
     if run.dataset == 'virtual-organs': return {t: tuple(virtual_ct(run.dataset, s, n, run.size, t) for s, n in dict(train=run.n_train, valid=run.n_valid).items()) for t in SOURCE_TASKS}
     found = {}
     for task, (cases, names) in decathlon_tasks(need_root(run.dataset, data_root)).items():
-        parts = split_cases(cases[:run.n_train + run.n_valid], (min(run.n_train, len(cases) - run.n_valid), run.n_valid, 0), seed=0)
-        found[task] = tuple(make_slices(parts[s], run.size, cache_dir()/'slices', class_names=names) for s in ('train', 'valid'))
+        some = cases[:run.n_train + run.n_valid]
+        if len(some) <= run.n_valid: raise ConfigError(f'{task} has {len(some)} volumes: too few to train on, beside {run.n_valid} to validate on')
+        rows = split_patients([c.patient for c in some], dict(train=1 - run.n_valid/len(some), valid=run.n_valid/len(some)), seed=0)
+        found[task] = tuple(make_slices([some[i] for i in rows[s]], run.size, cache_dir()/'slices', class_names=names) for s in ('train', 'valid'))
     return found
 
-# %% ../../nbs/api/repro/08_lesions.ipynb #05def5d4
+# %% ../../nbs/api/repro/08_lesions.ipynb #587f26d1
 _STRATEGY = Strategy('l2sp', 'L2-SP', trains=('encoder', 'decoder'), fresh=('decoder',), equation='Eq. 2')
 
 def _pretrained(run, data_root):
@@ -185,16 +188,27 @@ def _pretrained(run, data_root):
 
 def _workers(slices) -> int: return 0 if len(slices.pixels) < 20_000 else min(8, os.cpu_count() or 1)  # Cached slices come from memory
 
+def _modes(net) -> dict: return {f'precision_{part}': f'{mode.dtype}{" channels-last"*mode.channels_last}' for part, mode in net.modes.items()}
+
 def _learner(dls, net, loss, run, cbs) -> Learner:
     choose_unet_modes(net, (run.batch, 1, run.size, run.size), run.precision, cache_dir()/'precision.json')
     learn = Learner(dls, net, loss_func=loss, opt_func=Adam, splitter=split_encoder_decoder, wd=0., cbs=cbs)  # Decay would pull towards zero, not the source
     learn.strategy = _STRATEGY
     return learn
 
+def task_dice(
+    net: Hydra,          # Trained
+    task: str,           # One of its tasks
+    slices: Slices,      # Of held-out patients
+) -> float:              # In [0, 1]
+    "Dice of a source task: the mean over its structures, all slices together."
+    pred = np.concatenate([p.argmax(1).numpy() for p in predict_slices(net, slice_eval_loader(slices), task)])
+    return float(np.mean([overlap(pred, np.asarray(slices.masks), c).dice for c in range(1, slices.n_classes)]))
+
 def train_source(
     run: LesionRun,      # Of a source network
     context: Context,
-) -> Result:             # Weights of the encoder, loss of each validation
+) -> Result:             # Weights of the encoder; Dice of each task on held-out patients, history
     "Train the shared encoder on all source tasks."
     data = source_slices(run, context.data_root)
     net = hydra(run.backbone, {t: train.n_classes for t, (train, _) in data.items()}, pretrained=_pretrained(run, context.data_root))
@@ -205,9 +219,10 @@ def train_source(
     learn = _learner(DataLoaders(*both), net, loss, run, [OwnSteps()])
     every = len(learn.dls.train)
     stage = fit_stage(learn, run.steps//run.validate_every*every, every, lr=run.lr, seed=run.seed, checkpoint=context.folder/'stage.pth', callbacks=[Tell(context.progress)], config=run)
-    return Result(metrics=dict(valid_loss=stage.best['valid_loss'], best_iteration=stage.best['iteration']), state={f'encoder.{k}': v for k, v in encoder_state(net).items()}, history=stage.history)
+    metrics = dict(valid_loss=stage.best['valid_loss'], best_iteration=stage.best['iteration']) | {f'dice_{t}': task_dice(net, t, valid) for t, (_, valid) in data.items()}
+    return Result(metrics=metrics | _modes(net), state={f'encoder.{k}': v for k, v in encoder_state(net).items()}, history=stage.history)
 
-# %% ../../nbs/api/repro/08_lesions.ipynb #14e3a40d
+# %% ../../nbs/api/repro/08_lesions.ipynb #bb3037bb
 def pooled_dice(
     logits: np.ndarray,   # (N, C, H, W)
     masks: np.ndarray,    # (N, H, W) classes
@@ -254,13 +269,16 @@ def train_target(
     net = begin_target(run, context.parents[0] if context.parents else None, context.data_root)
     dls = slice_loaders(train, valid, bs=run.batch, steps_per_epoch=run.validate_every, seed=run.seed, workers=_workers(train))
     hold = Fix('encoder', bn_stats='update') if run.frozen else L2SP(run.lam, form=run.form)
-    learn = _learner(dls, net, weighted_cross_entropy(class_weights(train.class_counts())), run, [hold])
+    weights = class_weights(train.class_counts())
+    learn = _learner(dls, net, weighted_cross_entropy(weights), run, [hold])
     start = {k: p.detach().clone() for k, p in net.encoder.named_parameters()}
     stage = fit_stage(learn, run.steps, run.validate_every, lr=run.lr, metric=pooled_dice, seed=run.seed, checkpoint=context.folder/'stage.pth',
                       callbacks=[Tell(context.progress)], config=run)
     moved = sum(float((p.detach() - start[k]).square().sum()) for k, p in net.encoder.named_parameters())**.5
     patients = score(net, test_scans(run, context.data_root))
+    for h in getattr(hold, 'history', []): stage.history[h['epoch']] |= dict(penalty=h['penalty'], distance=h['distance'])
     metrics = {f'mean_{k}': float(v.mean()) for k, v in patients.items()} | dict(distance=moved, best_iteration=stage.best['iteration'])
+    metrics |= {f'weight_{c}': float(w) for c, w in zip(train.class_names, weights)} | _modes(net)
     return Result(metrics=metrics, state=net.state_dict(), predictions=patients, history=stage.history)
 
 def train(
@@ -270,17 +288,24 @@ def train(
     "Train one run: a source network, or a target network."
     return (train_source if run.is_source else train_target)(run, context)
 
-# %% ../../nbs/api/repro/08_lesions.ipynb #9268d0d5
+# %% ../../nbs/api/repro/08_lesions.ipynb #5a2581d9
+@lru_cache
+def real_hash(
+    dataset: str,                  # 'covid-ct' or 'decathlon'
+    weights: Path | bool,          # ImageNet weights, if a file of the user's
+    data_root: Path,               # Folder of the publishers' folders
+) -> str:                          # 64 hexadecimal digits
+    "Fingerprint of real volumes and weights, taken once per process."
+    cases = read_covid(data_root) if dataset == 'covid-ct' else [c for found, _ in decathlon_tasks(data_root).values() for c in found]
+    return digest([c.fingerprint() for c in cases] + ([file_hash(weights)] if isinstance(weights, Path) else []), 64)
+
 def data_hash(
     run: LesionRun,            # Whose patients
     data_root: Path | None,    # Folder of the publishers' folders
 ) -> str:                      # What the result depends on besides configuration and code
     "Fingerprint of a run's volumes and weights."
     if run.dataset.startswith('virtual'): return ASSETS['chest-ct'].wheel_sha256
-    root = need_root(run.dataset, data_root)
-    cases = read_covid(root) if run.dataset == 'covid-ct' else [c for found, _ in decathlon_tasks(root).values() for c in found]
-    weights = _pretrained(run, root)
-    return '-'.join([c.fingerprint() for c in cases] + ([file_hash(weights)] if isinstance(weights, Path) else []))
+    return real_hash(run.dataset, _pretrained(run, data_root), need_root(run.dataset, data_root))
 
 STEP = .35  # Seconds on two cores: 8 slices of 96 px, Lite0
 
