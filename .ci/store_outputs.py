@@ -19,6 +19,7 @@ def kept(output: dict) -> dict | None:
     if output['output_type'] not in ('display_data', 'execute_result'): return None
     data = {k: v for k, v in output['data'].items() if k in ('text/plain', 'text/html', 'text/markdown', 'image/png')}
     if 'image/png' in data: data = {'image/png': smaller(''.join(data['image/png']))}
+    if 'text/html' in data or 'text/markdown' in data: data.pop('text/plain', None)
     return dict(output, data=data, metadata={}) | ({'execution_count': None} if output['output_type'] == 'execute_result' else {})
 
 

@@ -4,7 +4,7 @@ Equal copies of one network train on the same batches in memory, in turns that r
 turns' ratios to plain training. `grad` and `proximal` may be at most 1.02. The peer is the usual way to write it: a
 Python loop over the parameters in the loss. Memory: the anchor is one copy of the encoder, no more.
 
-    python benchmarks/l2sp.py [--turns 15] [--steps 2] [--size 128] [--batch 8] [--backbone densenet121]
+    python benchmarks/l2sp.py [--turns 15] [--steps 2] [--size 384] [--batch 2] [--backbone densenet121]
 """
 import argparse, copy, statistics, sys, time
 
@@ -63,7 +63,7 @@ def anchor_share(learn) -> float: # Bytes that the callback keeps / bytes of the
 
 def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(turns=15, steps=2, size=128, batch=8).items(): parser.add_argument(f'--{name}', type=int, default=default)
+    for name, default in dict(turns=15, steps=2, size=384, batch=2).items(): parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--backbone', default='densenet121')
     a = parser.parse_args()
     torch.manual_seed(0)

@@ -135,6 +135,7 @@ def test_types_of_saved_files(tmp_path):
     refuses(lambda: save_nifti(labels(), grid, tmp_path/'a.png'), 'must end in .nii')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.nii.gz']
 
+@pytest.mark.filterwarnings('ignore:.*qform and sform')
 def test_headers_that_lie_are_refused(tmp_path):
     affine, store = turned('LPS')
     path = tmp_path/'scan.nii'
@@ -155,6 +156,29 @@ def test_headers_that_lie_are_refused(tmp_path):
                           (nan, 'not finite'), (metres, 'units of meter')):
         write(change)
         refuses(lambda: read_nifti(path), path, words)
+
+def test_forms_that_disagree(tmp_path):
+    affine, store = turned('LPS')
+    def write(shift):
+        image = nib.Nifti1Image(store(ct()), affine)
+        image.set_sform(affine, 1); image.set_qform(affine + shift * np.eye(4, k=3), 1)
+        nib.save(image, tmp_path/'a.nii')
+    write(2.)
+    with pytest.warns(UserWarning, match='a.nii: qform and sform are up to 2 mm apart; the sform is used'): _, grid = read_nifti(tmp_path/'a.nii')
+    np.testing.assert_allclose(grid.affine, affine, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        write(.3)
+        read_nifti(tmp_path/'a.nii')
+
+def test_spacing_of_sheared_grids():
+    "Planes 2 mm apart, each moved by half of that, however the array is stored: the product is the volume of a voxel"
+    sheared = np.array([[-.7, 0, 0, 0], [0, -.8, 1, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
+    for codes in CODES:
+        turn = ornt_transform(axcodes2ornt('LPS'), axcodes2ornt(codes))
+        spacing = Grid(nib.apply_orientation(ct().T, turn).shape, sheared @ inv_ornt_aff(turn, SIZE[::-1])).spacing
+        np.testing.assert_allclose(spacing, (2, .8, .7))
+        np.testing.assert_allclose(np.prod(spacing), abs(np.linalg.det(sheared)))
 
 def test_files_that_are_no_volume(tmp_path):
     affine, store = turned('LPS')
@@ -195,7 +219,8 @@ def test_windows():
 def test_ranges():
     for hu in (ct(), ct().clip(-1000, 0), ct().astype('float64') * 2): assert np.array_equal(to_hu(hu), hu.astype('float32'))
     for wrong in (ct() / 1500, (ct() + 1024.), np.zeros(SIZE), np.full(SIZE, 1.), ct() * 10, ct().clip(-200, 300), np.where(ct() > 0, np.nan, ct()),
-                  np.where(ct() > 0, np.inf, ct()), ct().clip(0, 256)):
+                  np.where(ct() > 0, np.inf, ct()), ct().clip(0, 256), labels(), ct().clip(0, 100),
+                  ct().clip(0, 127), ct().clip(100, 255), ct().clip(-1024, -1)):
         refuses(lambda: to_hu(wrong, path='case.nii'), 'case.nii: values from', 'rescale slope and intercept')
 
 def test_labels():
@@ -265,6 +290,9 @@ def test_zenodo_flipped_by_name(tmp_path):
     plain, turned_ = quiet(read_zenodo, root), quiet(read_zenodo, root, flipped=('radiopaedia_*',))
     a, b = ([quiet(c.load) for c in cases] for cases in (plain, turned_))
     assert np.array_equal(a[0].image, b[0].image) and np.array_equal(a[1].image, b[1].image[:, ::-1]) and np.array_equal(a[1].mask, b[1].mask[:, ::-1])
+    assert quiet(read_zenodo, root, flipped='radiopaedia_*')[1].fingerprint() == turned_[1].fingerprint() # one pattern
+    refuses(lambda: quiet(read_zenodo, root, flipped=('radiopaedia_*', 'radiopedia_*')), "flipped: 'radiopedia_*' matches no scan", '.nii.gz')
+    refuses(lambda: quiet(read_covid, medseg(root), flipped='radio'), "'radio' matches no scan")
     assert plain[0].fingerprint() == turned_[0].fingerprint() and plain[1].fingerprint() != turned_[1].fingerprint()
 
 
@@ -483,15 +511,69 @@ def test_dicom_other_directions(tmp_path, along):
 def test_dicom_tilted_gantry_and_rounded_positions(tmp_path):
     (tmp_path/'s').mkdir()
     for i in range(5): write_slice(tmp_path/f's/{i}', ct()[i], [0, round(.4 * i, 1), round(1.25 * i, 1)])
-    v = read_dicom_series(tmp_path/'s')
+    with pytest.warns(UserWarning, match=r's: the slices are tilted by 17.\d degrees'): v = read_dicom_series(tmp_path/'s')
     np.testing.assert_allclose(v.grid.affine[:3, 2], [0, -.4, 1.25], atol=.01)
+    np.testing.assert_allclose(v.spacing, (v.grid.affine[2, 2], .8, .7)) # between planes, not between first voxels
+    np.testing.assert_allclose(np.prod(v.spacing), abs(np.linalg.det(v.grid.affine)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for i in range(5): write_slice(tmp_path/f's/{i}', ct()[i], [0, .02 * i, 1.25 * i]) # 0.9 degrees
+        read_dicom_series(tmp_path/'s')
 
 def test_dicom_padding_and_lookup(tmp_path):
     (tmp_path/'s').mkdir()
-    hu = np.full((6, 7), 40); hu[0] = -5024
+    hu = np.full((6, 7), 40); hu[0], hu[1] = -5024, -4824 # stored -2000 and -1900
+    for limits in (dict(PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1900), dict(PixelPaddingValue=-1900, PixelPaddingRangeLimit=-2000)):
+        for i in range(2): write_slice(tmp_path/f's/{i}', hu, [0, 0, i], **limits)
+        v = read_dicom_series(tmp_path/'s')
+        assert (v.image[:, :2] == AIR).all() and (v.image[:, 2:] == 40).all()
+    hu[1] = 42
     for i in range(2): write_slice(tmp_path/f's/{i}', hu, [0, 0, i], PixelPaddingValue=-2000)
     v = read_dicom_series(tmp_path/'s')
-    assert (v.image[:, 0] == AIR).all() and (v.image[:, 1:] == 40).all()
+    assert (v.image[:, 0] == AIR).all() and (v.image[:, 1] == 42).all() and (v.image[:, 2:] == 40).all()
+
+def test_dicom_values_are_hu(tmp_path):
+    s = tmp_path/'s'
+    for kind in ('HU', 'HU_MOD', 'US', ''):
+        hu = write_series(s, RescaleType=kind)
+        assert np.array_equal(read_dicom_series(s).image, hu)
+    write_series(s, RescaleType='Z_EFF')
+    refuses(lambda: read_dicom_series(s), '.dcm: RescaleType Z_EFF', 'not HU')
+    for low, high in ((0, 254), (-200, 300), (0, 1500), (-1000, -2)):
+        for i in range(5): write_slice(s/f'{i}.dcm', ct()[i].clip(low, high), [0, 0, i])
+        refuses(lambda: read_dicom_series(s), f'{s}: values from {low} to {high} are not HU')
+
+@pytest.mark.parametrize('name', ['1.2.840.113', 'IM0001', 'a.DCM', 'b.ima'])
+@pytest.mark.parametrize('content', [b'', b'\0' * 400, b'torn'])
+def test_dicom_damaged_files_are_not_skipped(tmp_path, name, content):
+    write_series(tmp_path/'s')
+    (tmp_path/'s'/name).write_bytes(content)
+    refuses(lambda: read_dicom_series(tmp_path/'s'), name)
+
+def test_dicom_damaged_headers(tmp_path):
+    s = tmp_path/'s'
+    write_series(s, order=range(5))
+    one = (s/'2.dcm').read_bytes()
+    def element(tag, vr, old, new): # in the file, as pydicom does not write such values
+        at = one.index(tag + vr)
+        size = int.from_bytes(one[at+6:at+8], 'little')
+        assert old in one[at+8:at+8+size]
+        (s/'2.dcm').write_bytes(one[:at+6] + len(new).to_bytes(2, 'little') + new + one[at+8+size:])
+    for tag, old, name, n in ((b'\x20\x00\x32\x00', b'-10', 'ImagePositionPatient', 3), (b'\x20\x00\x37\x00', b'1', 'ImageOrientationPatient', 6),
+                              (b'\x28\x00\x30\x00', b'0.8', 'PixelSpacing', 2)):
+        element(tag, b'DS', old, b'1\\2\\3\\4')
+        refuses(lambda: read_dicom_series(s), s/'2.dcm', f'{name} is not {n}')
+        element(tag, b'DS', old, b'1 ')
+        refuses(lambda: read_dicom_series(s), s/'2.dcm', f'{name} is not {n}')
+        element(tag, b'DS', old, b'one\\two ')
+        refuses(lambda: quiet(read_dicom_series, s), s/'2.dcm')
+    element(b'\x28\x00\x30\x00', b'DS', b'0.8', b'0\\.7')
+    refuses(lambda: read_dicom_series(s), s/'2.dcm', 'PixelSpacing is not 2 positive numbers')
+    (s/'2.dcm').write_bytes(one)
+    ds = __import__('pydicom').dcmread(s/'2.dcm')
+    del ds.file_meta.TransferSyntaxUID
+    ds.save_as(s/'2.dcm', implicit_vr=False, little_endian=True, enforce_file_format=False)
+    refuses(lambda: read_dicom_series(s), s/'2.dcm', 'TransferSyntaxUID')
 
 def test_dicom_series_that_are_refused(tmp_path):
     s = tmp_path/'s'

@@ -123,12 +123,20 @@ def test_cache_is_used_and_keyed(tmp_path):
     assert len(said) == 1
     other = cases()
     other[1] = replace(other[1], key='another')
-    for change in (dict(c=other), dict(size=18), dict(keep='labelled'), dict(class_names=(*CLASSES, 'more')), dict(c=cases()[::-1])):
+    for change in (dict(c=other), dict(size=18), dict(keep='labelled'), dict(window=(-1000, 400)), dict(window=(-900, 0)), dict(class_names=(*CLASSES, 'more')), dict(c=cases()[::-1])):
         make(**{**dict(c=cases(), size=16, cache=tmp_path, progress=said.append), **change})
-    assert len(said) == 6
+    assert len(said) == 8
+    make(cases(), 16, tmp_path, window=[-1000, 0], progress=said.append) # the published one
     same = [replace(c, patient=f'other name {i//2}') for i, c in enumerate(cases())]
-    assert make(same, 16, tmp_path, progress=said.append).patients.tolist() == [0, 0, 1, 1] and len(said) == 6
-    assert make([replace(c, patient='one') for c in same], 16, tmp_path, progress=said.append).patients.tolist() == [0] * 4 and len(said) == 6
+    assert make(same, 16, tmp_path, progress=said.append).patients.tolist() == [0, 0, 1, 1] and len(said) == 8
+    assert make([replace(c, patient='one') for c in same], 16, tmp_path, progress=said.append).patients.tolist() == [0] * 4 and len(said) == 8
+
+def test_window_of_the_slices(tmp_path):
+    c = cases(1)
+    wide, paper = make(c, 16, tmp_path, window=(-1250, 250)), make(c, 16, tmp_path)
+    np.testing.assert_array_equal(wide.pixels, resize_slices(window_to_unit(c[0].load().image, -1250, 250), 16).astype('float16'))
+    assert not np.array_equal(wide.pixels, paper.pixels) and np.array_equal(wide.masks, paper.masks) and len(list(tmp_path.glob('*.npy'))) == 2
+    refuses(lambda: make(c, 16, tmp_path, window=(0, -1000)), 'from low to high')
 
 def test_labelled_slices_only(tmp_path):
     s = make(cases(2), 16, tmp_path, keep='labelled')
@@ -237,5 +245,6 @@ def test_loader_errors():
     s = slices()
     refuses(lambda: SliceSet(s.subset([])), 'no slices')
     refuses(lambda: slice_loaders(s, replace(s, class_names=('a', 'b', 'c'))), 'classes differ')
+    refuses(lambda: SliceLoader(SliceSet(s), 4, stats=(.5, .3)), 'stats are (0, 1), not (0.5, 0.3)')
     with pytest.raises(ValueError, match='batch size'): slice_loaders(s, s, bs=0)
     with pytest.raises(ValueError, match='steps_per_epoch'): slice_loaders(s, s, steps_per_epoch=0)

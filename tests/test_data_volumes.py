@@ -6,7 +6,7 @@ from scipy import ndimage
 from medxfer_nb.data.ct import CTError, read_nifti, save_nifti
 from medxfer_nb.data.films import LUNGS, SPLITS, load_anatomy
 from medxfer_nb.data.slices import window_to_unit
-from medxfer_nb.data.volumes import (CT_COHORTS, LESION, SOURCE_TASKS, TASKS, AxialScene, CTPatient, axial_points, axial_scene, closeness,
+from medxfer_nb.data.volumes import (CT_COHORTS, LESION, PURPOSES, SOURCE_TASKS, TASKS, AxialScene, CTPatient, axial_points, axial_scene, closeness,
                                      healthy_ct, lesion_sites, lung_position, lung_slices, pleural_depth, render_ct, task_classes, task_masks,
                                      virtual_case, virtual_ct)
 
@@ -110,6 +110,13 @@ def test_splits_share_no_patient(anatomy):
     codes = [CTPatient(c, s, i).code for c in CT_COHORTS.values() for s in SPLITS for i in (0, 1, 999_999)]
     assert len(set(codes)) == len(codes)
 
+def test_every_patient_split_cohort_and_purpose_draws_for_itself():
+    draws = [CTPatient(c, s, i).seed(p).random() for c in CT_COHORTS.values() for s in SPLITS for i in range(5) for p in PURPOSES]
+    assert len(set(draws)) == len(draws) == 2 * len(SPLITS) * 5 * len(PURPOSES)
+
+@pytest.mark.parametrize('field', ['knots', 'elastic', 'scale', 'texture', 'grain', 'noise'])
+def test_source_is_another_hospital(field): assert getattr(ORGANS, field) != getattr(COVID, field)
+
 def test_size_and_thickness_change_the_resolution_alone(anatomy):
     p = CTPatient(COVID, 'calibrate', 1)
     small, large = (render_ct(p, s, anatomy) for s in (64, 128))
@@ -164,6 +171,20 @@ def test_case_to_file_and_back(tmp_path):
     np.testing.assert_array_equal(np.asarray(ras.dataobj), v.mask[:, ::-1, ::-1].transpose(2, 1, 0))
     assert case.fingerprint() == virtual_case('virtual-covid', 'test', 1, size=48, thickness=7.).fingerprint()
     assert case.fingerprint() != virtual_case('virtual-covid', 'test', 1, size=48).fingerprint()
+
+def test_keys_name_all_that_decides(tmp_path, monkeypatch):
+    def keys():
+        virtual_ct('virtual-covid', 'valid', 1, 32, cache=tmp_path)
+        return virtual_case('virtual-covid', 'valid', 0, size=32).fingerprint(), len(list(tmp_path.glob('*.npy')))
+    first, n = keys()
+    monkeypatch.setitem(TASKS, 'covid', {'lung': LUNGS[1:], 'infection': (LESION,)})
+    other, m = keys()
+    assert other != first and n == m == 1                    # masks are made from the cached structures
+    for version in ('FILMS_VERSION', 'CT_VERSION'):
+        monkeypatch.setattr(f'medxfer_nb.data.volumes.{version}', 99)
+        last, m = keys()
+        assert last not in (first, other) and m == n + 1
+        n, other = m, last
 
 @pytest.mark.parametrize('call, says', [
     (lambda: virtual_ct('virtual-corona', 'train', 1, 48), 'virtual-covid'), (lambda: virtual_ct('virtual-covid', 'training', 1, 48), 'calibrate'),

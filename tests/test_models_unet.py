@@ -50,7 +50,7 @@ def test_maps_are_the_ones_that_timm_describes(name):
     "Against hooks on the modules in `feature_info`, and its channels and reductions."
     model, seen = small(name).eval(), {}
     info = [i for i in model.encoder.feature_info if i['reduction'] > 1]
-    for i in info: model.encoder.get_submodule(i['module']).register_forward_hook(lambda m, x, y, at=i['module']: seen.__setitem__(at, y))
+    for i in info: model.encoder.get_submodule(i['module']).register_forward_hook(lambda m, x, y, at=i['module']: seen.__setitem__(at, y.clone()))
     with torch.no_grad(): maps = model.encode(torch.rand(2, 1, 64, 96))
     assert len(maps) == len(info)
     for m, i in zip(maps, info):

@@ -71,16 +71,15 @@ def test_source_and_target_really_train(tmp_path, data_root, run, monkeypatch):
     assert all(k in ended for k in begun) and 0 < held.metrics['distance'] < 10  # it started from there, and moved
 
 
-def test_a_segmented_volume_overlays_its_scan(tmp_path, data_root, run):
+def test_a_segmented_scan_overlays_its_file(tmp_path, data_root, run):
     case = lesions.covid_split(run, data_root)['test'][0]
-    volume, scan = case.load(), next(lesions.real_scans([case], run.size))
-    labels = lesions.segment(lesions.begin_target(replace(run, source='nat', source_steps=0, source_train=0)), scan)
-    assert labels.shape == volume.image.shape and labels.max() < len(CLASSES)
-    written = save_nifti(labels, volume.grid, tmp_path/'mask.nii.gz')
+    net = lesions.begin_target(replace(run, source='nat', source_steps=0, source_train=0))
+    written = lesions.segment_file(net, case.files[0], tmp_path/'mask.nii.gz', run.size)
     ours, theirs = nib.load(written), nib.load(case.files[0])
     assert ours.shape == theirs.shape and np.allclose(ours.affine, theirs.affine)
-    again, grid = read_nifti(written)
-    assert np.array_equal(again, labels) and grid.fits(volume.grid)
+    volume, (labels, grid) = case.load(), read_nifti(written)
+    again = lesions.segment(net, next(lesions.real_scans([case], run.size)).pixels, volume.image.shape, volume.spacing)
+    assert np.array_equal(labels, again) and grid.fits(volume.grid) and labels.max() < len(CLASSES)
 
 
 def test_without_the_data_it_says_what_to_fetch(tmp_path, run):

@@ -31,7 +31,7 @@ CLASSES = ('background', 'lung', 'infection')
 class CTError(CaseError):
     "A CT file or data set that cannot be used as it is; the message names the file and says what to do"
 
-# %% ../../nbs/api/data/06_ct.ipynb #415181e8
+# %% ../../nbs/api/data/06_ct.ipynb #f2e4f7ab
 _LPS = axcodes2ornt('LPS')
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +78,11 @@ class Grid:
 
     @cached_property
     def spacing(self) -> tuple: # mm (z,y,x)
-        "Distance between voxels of the normalised array"
-        return tuple(np.linalg.norm(self.normalised[:3, :3], axis=0)[::-1].tolist())
+        "Distance between voxels of the normalised array, between slice planes under a tilted gantry: the product is a voxel's volume"
+        axes = self.normalised[:3, :3]
+        steps, volume = np.linalg.norm(axes, axis=0), abs(np.linalg.det(axes))
+        if volume < .999 * steps.prod(): steps[2] = volume / steps[:2].prod() # sheared: a gantry tilts against axial slices
+        return tuple(steps[::-1].tolist())
 
     def normalise(self,
         array:np.ndarray # As stored
@@ -113,7 +116,7 @@ class Grid:
         "Whether every voxel has its counterpart at the same place, to a tenth of a voxel"
         return self.size == other.size and self.distance(other) < .1 * min(self.spacing)
 
-# %% ../../nbs/api/data/06_ct.ipynb #ccbbf056
+# %% ../../nbs/api/data/06_ct.ipynb #3e6f52b3
 _GEOMETRY = ('pixdim', 'xyzt_units', 'qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y', 'qoffset_z',
              'srow_x', 'srow_y', 'srow_z')
 
@@ -124,6 +127,18 @@ def _geometry(
     fresh = type(header)()
     for k in _GEOMETRY: fresh[k] = header[k]
     return fresh
+
+def _check_forms(
+    path:Path, # NIfTI file
+    image:nib.Nifti1Image # Opened from it
+) -> None:
+    "Warn where qform and sform are both set and put the volume at different places"
+    qform, sform = (get(coded=True)[0] for get in (image.header.get_qform, image.header.get_sform))
+    if qform is None or sform is None: return
+    corners = np.array([[*c, 1] for c in product(*((0, n - 1) for n in image.shape[:3]))]).T
+    apart = np.linalg.norm(((qform - sform) @ corners)[:3], axis=0).max()
+    if apart > np.linalg.norm(sform[:3, :3], axis=0).min():
+        warnings.warn(f'{path}: qform and sform are up to {apart:.3g} mm apart; the sform is used: look whether masks lie on their scans', stacklevel=2)
 
 def _check_header(
     path:Path, # NIfTI file
@@ -137,6 +152,7 @@ def _check_header(
     if (unit := image.header.get_xyzt_units()[0]) not in ('mm', 'unknown'): raise CTError(f'spacing in units of {unit}, not mm: convert the scan again')
     if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]):
         raise CTError(f'{len(image.shape)}-D image {image.shape}; a CT is one 3-D volume: save the volume you want as a file of its own')
+    _check_forms(path, image)
 
 # %% ../../nbs/api/data/06_ct.ipynb #abe17bcb
 def read_nifti(
@@ -223,7 +239,7 @@ class CTCase:
             with open(p, 'rb') as f: h.update(hashlib.file_digest(f, 'sha256').digest())
         return h.hexdigest()
 
-# %% ../../nbs/api/data/06_ct.ipynb #e85c9490
+# %% ../../nbs/api/data/06_ct.ipynb #65c6e6bc
 WINDOWS = {'lung': (-1250., 250.)} # HU that became 0 and 255
 
 def restore_window(
@@ -236,6 +252,13 @@ def restore_window(
     if not low < high: raise CTError(f'a window goes from low to high HU, not from {low} to {high}')
     return np.asarray(image, np.float32) * np.float32((high - low) / 255) + np.float32(low)
 
+def _is_hu(
+    low:float, # Smallest value of a volume
+    high:float # Largest
+) -> bool:
+    "Whether a range can be one of Hounsfield units: air and water are in every scan"
+    return -4096 <= low <= -500 and 0 <= high <= 32767
+
 def to_hu(
     image:np.ndarray, # Values of a file
     window = 'lung', # For volumes of 0..255, see `restore_window`
@@ -243,13 +266,13 @@ def to_hu(
 ) -> np.ndarray: # float32 HU
     "Hounsfield units: taken as they are, or mapped back from a window of 0 to 255, with a warning; anything else is an error"
     low, high = float(image.min()), float(image.max())
-    if 0 <= low and 1 < high <= 255:
+    if 0 <= low < 100 and 128 <= high <= 255:
         hu = restore_window(image, window)
         name = f"the '{window}' window" if isinstance(window, str) else 'a window'
         warnings.warn(f'{path}: values from {low:g} to {high:g} are not HU: mapped back through {name}, {hu.min():g} to {hu.max():g} HU', stacklevel=2)
         return hu
-    if -4096 <= low <= -500 and high <= 32767: return np.asarray(image, np.float32)
-    raise CTError(f'{path}: values from {low:g} to {high:g} are neither HU (air must be there: below -500) nor a window of 0 to 255: '
+    if _is_hu(low, high): return np.asarray(image, np.float32)
+    raise CTError(f'{path}: values from {low:g} to {high:g} are neither HU (with air below -500 and something above 0) nor a window of 0 to 255: '
                   'convert the scan again, with rescale slope and intercept')
 
 # %% ../../nbs/api/data/06_ct.ipynb #8fcdc7df
@@ -340,7 +363,7 @@ def _case(
     key = json.dumps(['nifti', 1, flipped, ends, [sorted((int(k), int(v)) for k, v in m.items()) for _, m in masks]])
     return CTCase(name, patient, partial(load_case, scan, masks, window, flipped), (scan, *(p for p, _ in masks)), key)
 
-# %% ../../nbs/api/data/06_ct.ipynb #dcdf0973
+# %% ../../nbs/api/data/06_ct.ipynb #9dbca9ab
 LUNG_LABELS = {1: 1, 2: 1} # left, right
 INFECTION_LABELS = {1: 2}
 ZENODO_LABELS = {1: 1, 2: 1, 3: 2} # left lung, right lung, infection
@@ -397,11 +420,21 @@ def _expect(
     "Warn about an incomplete data set"
     if missing: warnings.warn(f"{what}: {found} cases, {len(missing)} of the published {wanted} are missing: {', '.join(missing)}", stacklevel=3)
 
-# %% ../../nbs/api/data/06_ct.ipynb #7a44c337
+def _matching(
+    names:list, # Of files
+    patterns # One pattern or several
+) -> set: # Names that match any of them
+    "File names by pattern; one that matches nothing is an error"
+    found = {p: {n for n in names if fnmatch(n, p)} for p in ((patterns,) if isinstance(patterns, str) else patterns)}
+    if idle := [p for p, some in found.items() if not some]:
+        raise CTError(f"flipped: {', '.join(map(repr, idle))} matches no scan; patterns are for file names such as {names[0]}")
+    return set().union(*found.values())
+
+# %% ../../nbs/api/data/06_ct.ipynb #2a644742
 def read_zenodo(
     root:Path, # Folder with the unpacked archives
     window = 'lung', # For the scans of 0..255, see `restore_window`
-    flipped:tuple = () # Patterns of names whose headers exchange front and back, such as 'radiopaedia_*'
+    flipped:str|tuple = () # Pattern(s) of file names whose headers exchange front and back, such as 'radiopaedia_*'
 ) -> list: # CTCase: 20, in the order of the record
     "COVID-19 CT Lung and Infection Segmentation Dataset, https://zenodo.org/record/3757476"
     sorts = {'scans': ('ct_scans', 'covid-19-ct-seg_20cases'), 'lungs': ('lung_mask',), 'infections': ('infection_mask',), 'both': ('lung_and_infection_mask',)}
@@ -412,13 +445,14 @@ def read_zenodo(
         raise CTError(f"{root}: no NIfTI files in a folder named {', nor in '.join(lacking)}: unpack the archives of "
                       "https://zenodo.org/record/3757476 here (lung_and_infection_mask alone serves in place of the other two masks)")
     for k in use: _pair(files['scans'], files[k], sorts[k][0])
+    turned = _matching([p.name for p in files['scans'].values()], flipped)
     missing = [n for n in ZENODO_SCANS if _zenodo_name(Path(n)) not in files['scans']]
     _expect(len(files['scans']), 20, missing, 'Zenodo 3757476')
     return [_case(f'Zenodo {i:02d}', '{}_{}'.format(*k), files['scans'][k], tuple((files[m][k], labels) for m, labels in use.items()), window,
-                  any(fnmatch(files['scans'][k].name, f) for f in flipped))
+                  files['scans'][k].name in turned)
             for i, k in enumerate(sorted(files['scans']), 1)]
 
-# %% ../../nbs/api/data/06_ct.ipynb #7974594b
+# %% ../../nbs/api/data/06_ct.ipynb #b4540d95
 MEDSEG_LABELS = {1: 2, 2: 2, 3: 2} # ground-glass opacity, consolidation, pleural effusion
 
 def read_medseg(
@@ -443,7 +477,7 @@ def read_covid(
     root:Path, # Folder with both data sets
     labels:dict = MEDSEG_LABELS, # See `read_medseg`
     window = 'lung', # See `restore_window`
-    flipped:tuple = () # See `read_zenodo`
+    flipped:str|tuple = () # See `read_zenodo`
 ) -> list: # CTCase: 29
     "The 29 scans of Section III: the Zenodo record, then the MedSeg volumes"
     cases, lacking = [], []
@@ -503,8 +537,9 @@ def split_cases(
     where = dict(zip(sizes, parts))
     return {name: [c for c, k in zip(cases, keys) if where[k] == i] for i, name in enumerate(('train', 'valid', 'test'))}
 
-# %% ../../nbs/api/data/06_ct.ipynb #f2ff53b5
-_TAGS = ('Modality', 'SeriesInstanceUID', 'ImageOrientationPatient', 'ImagePositionPatient', 'PixelSpacing', 'Rows', 'Columns')
+# %% ../../nbs/api/data/06_ct.ipynb #af7e52d6
+_NUMBERS = dict(ImageOrientationPatient=6, ImagePositionPatient=3, PixelSpacing=2) # How many make a place
+_TAGS = ('Modality', 'SeriesInstanceUID', *_NUMBERS, 'Rows', 'Columns')
 
 def _read_headers(
     folder:Path
@@ -513,22 +548,38 @@ def _read_headers(
     if not Path(folder).is_dir(): raise CTError(f'{folder}: no such folder')
     found = []
     for p in sorted(f for f in Path(folder).iterdir() if f.is_file() and f.name != 'DICOMDIR' and not f.name.startswith('.')):
-        try: found.append((p, dcmread(p, stop_before_pixels=True, specific_tags=[*_TAGS, 'NumberOfFrames'])))
+        try: found.append((p, dcmread(p, stop_before_pixels=True, specific_tags=[*_TAGS, 'NumberOfFrames', 'RescaleType'])))
         except InvalidDicomError as e:
-            if p.suffix.lower() in ('', '.dcm', '.ima'): raise CTError(f'{p}: not a DICOM file, perhaps a damaged slice: copy the series again') from e
+            if re.fullmatch(r'|\.(dcm|ima|\d+)', p.suffix.lower()): raise CTError(f'{p}: not a DICOM file, perhaps a damaged slice: copy the series again') from e
         # pydicom raises many types for damaged headers: EOFError, OSError, struct.error, ...
         except Exception as e: raise CTError(f'{p}: cannot read the header: {_why(e)}') from e
     if not found: raise CTError(f'{folder}: no DICOM images in it')
     return found
 
+def _check_place(
+    path:Path,
+    ds:Dataset # Its header
+) -> None:
+    "The numbers that say where a slice lies are there, and are numbers"
+    try:
+        missing = [t for t in _TAGS if ds.get(t) in (None, '')]
+        numbers = {t: np.ravel(ds[t].value).astype(float) for t in _NUMBERS if t not in missing}
+    except Exception as e: raise CTError(f'{path}: damaged header: {_why(e)}') from e # pydicom decodes a value when it is asked for
+    if missing: raise CTError(f"{path}: no {', '.join(missing)}, so its place is unknown: export the series again, as CT images")
+    for t, v in numbers.items():
+        if len(v) != _NUMBERS[t] or not np.isfinite(v).all() or t == 'PixelSpacing' and v.min() <= 0:
+            raise CTError(f'{path}: {t} is not {_NUMBERS[t]} {"positive " * (t == "PixelSpacing")}numbers: export the series again, as CT images')
+
 def _check_slice(
     path:Path,
     ds:Dataset # Its header
 ) -> None:
-    "One axial image with a place in space"
+    "One image in HU with a place in space"
+    if not ds.file_meta.get('TransferSyntaxUID'): raise CTError(f'{path}: no TransferSyntaxUID, so its pixels cannot be decoded: export the series again')
     if (kind := ds.get('Modality')) != 'CT': raise CTError(f"{path}: modality {kind or 'unknown'}, not CT: move it out of the folder")
-    missing = [t for t in _TAGS if ds.get(t) in (None, '')]
-    if missing: raise CTError(f"{path}: no {', '.join(missing)}, so its place is unknown: export the series again, as CT images")
+    _check_place(path, ds)
+    if (unit := ds.get('RescaleType') or 'HU') not in ('HU', 'HU_MOD', 'US'): # US: unspecified; the values are looked at later
+        raise CTError(f'{path}: RescaleType {unit}, so its values are not HU: export the series again, as CT images')
     if int(ds.get('NumberOfFrames') or 1) > 1: raise CTError(f'{path}: several frames in one file (enhanced CT): export one file a slice')
 
 def _check_same(
@@ -580,25 +631,33 @@ def _arrange(
     order = np.argsort(height, kind='stable')
     names, place = [slices[i][0] for i in order], place[order]
     _check_steps(names, place, height[order])
+    step, normal = (place[-1] - place[0]) / (len(place) - 1), np.cross(*along)
+    if (tilt := np.degrees(np.arccos(min(1., step @ normal / np.linalg.norm(step) / np.linalg.norm(normal))))) > 1:
+        warnings.warn(f'{names[0].parent}: the slices are tilted by {tilt:.3g} degrees against their direction (a tilted gantry): '
+                      'they do not lie straight above each other', stacklevel=3)
     dy, dx = map(float, slices[0][1].PixelSpacing)
     affine = np.eye(4)
-    affine[:3] = np.stack([along[0] * dx, along[1] * dy, (place[-1] - place[0]) / (len(place) - 1), place[0]], 1)
+    affine[:3] = np.stack([along[0] * dx, along[1] * dy, step, place[0]], 1)
     return names, np.diag([-1., -1, 1, 1]) @ affine
 
-# %% ../../nbs/api/data/06_ct.ipynb #b4332cd2
+# %% ../../nbs/api/data/06_ct.ipynb #9fd40fae
 AIR = -1000. # HU
 
 def _slice_hu(
     path:Path # CT image
 ) -> np.ndarray: # (rows, columns) float32 HU
     "Hounsfield units of one slice"
-    ds = dcmread(path)
+    try: ds = dcmread(path)
+    except Exception as e: raise CTError(f'{path}: cannot read: {_why(e)}') from e
     try: stored = ds.pixel_array
     except Exception as e: raise CTError(f'{path}: cannot decode: {_why(e)}{_decoder_advice(ds.file_meta.TransferSyntaxUID)}') from e
     if not ds.get('ModalityLUTSequence') and (ds.get('RescaleSlope') is None or ds.get('RescaleIntercept') is None):
         raise CTError(f'{path}: no RescaleSlope or RescaleIntercept, so its values are not HU: export the series again, as CT images')
     hu = np.asarray(_modality(stored, ds), np.float32)
-    if (padding := ds.get('PixelPaddingValue')) is not None: hu[stored == padding] = AIR
+    if (padding := ds.get('PixelPaddingValue')) is not None:
+        limit = ds.get('PixelPaddingRangeLimit')
+        low, high = sorted((padding, padding if limit is None else limit))
+        hu[(low <= stored) & (stored <= high)] = AIR
     return hu
 
 def read_dicom_series(
@@ -610,6 +669,9 @@ def read_dicom_series(
     _check_same(slices)
     names, affine = _arrange(slices)
     stack = np.stack([_slice_hu(p) for p in names]).T
+    if not _is_hu(low := float(stack.min()), high := float(stack.max())):
+        raise CTError(f'{folder}: values from {low:g} to {high:g} are not HU (with air below -500 and something above 0): '
+                      'export the series again, as CT images')
     grid = Grid(stack.shape, affine)
     return Volume(grid.normalise(stack), None, grid)
 

@@ -46,7 +46,7 @@ def resize_slices(
     if order == 'nearest': return F.interpolate(x, size=(size, size), mode='nearest-exact')[:, 0].numpy()
     return F.interpolate(x.float(), size=(size, size), mode='bilinear', antialias=True, align_corners=False)[:, 0].numpy()
 
-# %% ../../nbs/api/data/06b_slices.ipynb #8ea6707f
+# %% ../../nbs/api/data/06b_slices.ipynb #b7e5a330
 @dataclass(frozen=True, eq=False, repr=False)
 class Slices:
     "`N` slices of `V` volumes with their masks; no identifiers"
@@ -54,7 +54,7 @@ class Slices:
     masks:np.ndarray # (N,S,S) uint8 classes
     volume:np.ndarray # (N,) int64: row of the three tables
     z:np.ndarray # (N,) int64: number of the slice in its volume, from inferior
-    patients:np.ndarray # (V,) int64: equal for volumes of one patient
+    patients:np.ndarray # (V,) int64: equal for volumes of one patient; codes are unique within one `Slices` only
     shapes:np.ndarray # (V,3) int64: (Z,Y,X) of the volumes before resizing
     spacings:np.ndarray # (V,3) float64: mm (z,y,x) before resizing
     class_names:tuple = CLASSES # C names
@@ -111,8 +111,8 @@ class Slices:
         for a in (*self.pixels, *self.masks): h.update(np.ascontiguousarray(a))
         return h.hexdigest()
 
-# %% ../../nbs/api/data/06b_slices.ipynb #6eaf7155
-VERSION = 1
+# %% ../../nbs/api/data/06b_slices.ipynb #78ed7450
+VERSION = 2
 
 def _record(
     size:int # Side of the slices, px
@@ -124,7 +124,8 @@ def _read_slices(
     case:CTCase,
     size:int, # Side wanted, px
     keep:str, # None or 'labelled'
-    n_classes:int
+    n_classes:int,
+    window:tuple # HU that become 0 and 1
 ) -> tuple: # Records of the slices, their numbers, shape and spacing of the volume
     "Pre-process one volume"
     v = case.load()
@@ -134,17 +135,18 @@ def _read_slices(
     out = np.zeros(len(z), _record(size))
     for i in range(0, len(z), 64): # 64 slices at a time: little memory
         at = z[i:i+64]
-        out['pixels'][i:i+64] = resize_slices(window_to_unit(v.image[at]), size)
+        out['pixels'][i:i+64] = resize_slices(window_to_unit(v.image[at], *window), size)
         out['masks'][i:i+64] = resize_slices(v.mask[at], size, 'nearest')
     return out, z, v.image.shape, v.spacing
 
-# %% ../../nbs/api/data/06b_slices.ipynb #e1af634a
+# %% ../../nbs/api/data/06b_slices.ipynb #78ff6d3e
 def _write_slices(
     path:Path, # .npy to write
     cases:list,
     size:int,
     keep:str,
     class_names:tuple,
+    window:tuple,
     progress:Callable # Called with a line
 ) -> dict: # Tables, for the card
     "Stream the slices of all cases into one file; a line every quarter of a minute"
@@ -153,7 +155,7 @@ def _write_slices(
     with open(path, 'wb') as f:
         np.lib.format.write_array_header_1_0(f, header(0))
         for i, case in enumerate(cases):
-            records, z, shape, spacing = _read_slices(case, size, keep, len(class_names))
+            records, z, shape, spacing = _read_slices(case, size, keep, len(class_names), window)
             f.write(records.tobytes())
             for k, values in dict(volume=[i] * len(z), z=z.tolist(), shapes=[list(shape)], spacings=[list(spacing)]).items(): facts[k] += values
             if time.monotonic() - said > 15:
@@ -166,13 +168,13 @@ def _write_slices(
 
 def _make(
     path:Path, # .npy in the cache; its card goes beside it
-    cases:list, size:int, keep:str, class_names:tuple, progress:Callable
+    cases:list, size:int, keep:str, class_names:tuple, window:tuple, progress:Callable
 ) -> None:
     "Slices first, card last"
     card, facts = path.with_suffix('.json'), {}
     card.unlink(missing_ok=True)
     progress(f'reading {len(cases)} volumes into slices of {size} px, once')
-    _write(path, lambda p: facts.update(_write_slices(p, cases, size, keep, class_names, progress)))
+    _write(path, lambda p: facts.update(_write_slices(p, cases, size, keep, class_names, window, progress)))
     facts['sha256'] = _sha256(path)
     _write(card, lambda p: p.write_text(json.dumps(facts)))
 
@@ -183,6 +185,7 @@ def make_slices(
     keep:str = None, # None: all slices; 'labelled': those whose mask is not empty
     class_names:tuple = CLASSES, # Of the labels 0, 1, 2, ...
     name:str = 'slices', # For reports
+    window:tuple = (-1000., 0.), # HU that become 0 and 1; Section II.A
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Slices: # Memory-mapped
     "Pre-processed slices of all cases, made once"
@@ -190,11 +193,12 @@ def make_slices(
     if size < 1: raise CTError(f'size must be a positive number of pixels, got {size}')
     if keep not in (None, 'labelled'): raise CTError(f"keep must be None or 'labelled', not {keep!r}")
     patients = pd.factorize(np.array([c.patient for c in cases], object))[0]
-    parts = [VERSION, size, keep, len(class_names), [c.fingerprint() for c in cases]]
+    low, high = map(float, window)
+    parts = [VERSION, size, keep, len(class_names), [low, high], [c.fingerprint() for c in cases]]
     path = (Path(cache) if cache else cache_dir()/'slices')/f'slices-{size}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}.npy'
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix('.lock')):
-        if not _whole(path): _make(path, cases, size, keep, class_names, progress)
+        if not _whole(path): _make(path, cases, size, keep, class_names, (low, high), progress)
     facts, records = json.loads(path.with_suffix('.json').read_text()), np.load(path, mmap_mode='r')
     volume, z, shapes = (np.array(facts[k], 'int64') for k in ('volume', 'z', 'shapes'))
     return Slices(records['pixels'], records['masks'], volume, z, patients.astype('int64'), shapes, np.array(facts['spacings']), tuple(class_names), name)
@@ -241,7 +245,7 @@ class _Plain(Transform):
     order = 99
     def encodes(self, y:TensorMask) -> None: return y.as_subclass(torch.Tensor) # None: fastai shall not cast it back
 
-# %% ../../nbs/api/data/06b_slices.ipynb #bd0aa6d6
+# %% ../../nbs/api/data/06b_slices.ipynb #a6301c8c
 class SliceLoader(FilmLoader):
     "Batches of slices and masks: in order, or (`shuffle`) an endless seeded stream cut into epochs"
     def __init__(self,
@@ -250,6 +254,7 @@ class SliceLoader(FilmLoader):
         stats:tuple = (0., 1.), # Slices are in [0,1] and stay so
         **kwargs # `shuffle`, `steps`, `augment`, `seed` as for `FilmLoader`; the rest as for fastai's `TfmdDL`
     ):
+        if tuple(stats) != (0., 1.): raise CTError(f'stats are (0, 1), not {tuple(stats)}: slices are in [0,1] and stay so')
         super().__init__(dataset, bs, stats, **kwargs)
         self.after_batch = Pipeline([_Widen(), *(augmentation(self.draws) if self.augment and self.shuffle else []), _Plain()])
 

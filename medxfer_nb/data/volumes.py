@@ -8,7 +8,7 @@ __all__ = ['CT_COHORTS', 'PURPOSES', 'SPAN', 'LESION', 'SOURCE_TASKS', 'TASKS', 
            'breathe', 'ventilate', 'collapse', 'lesion_sites', 'closeness', 'draw_foci', 'infect', 'scan', 'render_ct',
            'task_classes', 'task_masks', 'virtual_ct', 'virtual_case']
 
-# %% ../../nbs/api/data/07_volumes.ipynb #b5d7a8c7
+# %% ../../nbs/api/data/07_volumes.ipynb #a8bad949
 import json, math, time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -18,7 +18,7 @@ import numpy as np, torch
 from scipy import ndimage
 from .assets import cache_dir
 from .ct import CTCase, CTError, Grid, Volume
-from .films import (LOBES, LUNGS, SPLITS, Anatomy, Scene, load_anatomy, sample, smooth_field, _alone, _evaluate, _hash,
+from .films import (LOBES, LUNGS, SPLITS, VERSION as FILMS_VERSION, Anatomy, Scene, load_anatomy, sample, smooth_field, _alone, _evaluate, _hash,
                                    _index, _is_in, _random_knots, _rng, _rotation, _sha256, _whole, _workers, _write)
 from .slices import Slices, window_to_unit
 
@@ -411,7 +411,7 @@ def _render_pool(
     _write(path, save)
     _write(path.with_suffix('.json'), lambda part: part.write_text(json.dumps(dict(card, sha256=_sha256(path)), indent=1)))
 
-# %% ../../nbs/api/data/07_volumes.ipynb #2e02fa30
+# %% ../../nbs/api/data/07_volumes.ipynb #e90b5f74
 def _pool_slices(
     path:Path, # .npy with its card
     patients:list,
@@ -452,12 +452,12 @@ def virtual_ct(
     folder = Path(cache) if cache else cache_dir()/'volumes'
     folder.mkdir(parents=True, exist_ok=True)
     patients = [CTPatient(c, split, i) for i in range(n)]
-    path = folder/f'{cohort}-{split}-{n}-{size}-{_hash(CT_VERSION, asdict(c), split, n, size)}.npy'
+    path = folder/f'{cohort}-{split}-{n}-{size}-{_hash(FILMS_VERSION, CT_VERSION, asdict(c), split, n, size)}.npy'
     with _alone(path.with_suffix('.lock'), progress):
         if not _whole(path): _render_pool(path, patients, size, progress)
         return _pool_slices(path, patients, task)
 
-# %% ../../nbs/api/data/07_volumes.ipynb #21eb4b29
+# %% ../../nbs/api/data/07_volumes.ipynb #2d165d16
 def _load_case(
     patient:CTPatient,
     size:int, # Rows and columns
@@ -480,5 +480,5 @@ def virtual_case(
     if i < 0 or size < 32 or not (thickness is None or thickness > 0):
         raise CTError(f'i must be at least 0, size at least 32 and thickness positive; got {i}, {size} and {thickness}')
     patient = CTPatient(replace(c, thickness=thickness or c.thickness), split, i)
-    key = _hash(CT_VERSION, asdict(patient), size, task)
+    key = _hash(FILMS_VERSION, CT_VERSION, asdict(patient), size, TASKS[task])
     return CTCase(f'{cohort}/{split} {i}', f'{cohort}/{split} {i}', partial(_load_case, patient, size, task), key=key)

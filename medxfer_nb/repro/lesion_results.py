@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BEST', 'STATEMENTS', 'METHODS', 'held', 'patients_frame', 'curves_frame', 'Statement', 'Finding', 'find',
-           'findings_table', 'best_lambda', 'Gathered', 'gather', 'published_points', 'published_table', 'source_table',
-           'class_weights_table', 'distances', 'overlay_slices', 'disputed']
+           'findings_table', 'best_replicates', 'best_lambda', 'closer_source', 'Gathered', 'gather',
+           'published_points', 'published_table', 'value_claims', 'source_table', 'class_weights_table', 'distances',
+           'overlay_slices', 'disputed']
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #ca9c2e0d
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #ef42855b
 import math, os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from ..evaluate.paired import SOURCE_TITLES, TwoLevelMean, paired_table, two_lev
 from ..evaluate.stats import benjamini_hochberg, exact_floor
 from .jobs import RunFailed, Runs, load_or_run
 from .lesion_scales import SCALES, LesionScale, item_runs, scale_named
-from .lesions import LesionRun, begin_target, segment, source_run, test_scans
+from .lesions import LesionRun, segment, source_run, test_scans, trained_net
 from .results import Tier
 from .store import Record, published_run
 from .targets import Claim, Target, contradictions, published, target, verdict
@@ -48,7 +49,7 @@ def curves_frame(
     def name(c): return 'encoder frozen' if c.frozen else f'λ = {c.lam:g}'
     return pd.DataFrame([dict(strategy=name(r.config), module=SOURCE_TITLES[r.config.source], seed=r.config.seed) | h for r in records for h in r.history])
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #2ca0d5bc
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #712ccbfb
 BEST = 8.  # The paper's optimum for Med+Nat
 
 @dataclass(frozen=True)
@@ -68,10 +69,13 @@ class Statement:
     @property
     def published(self) -> Target:
         "The printed difference, or the sign that the text gives"
-        if self.source == 'med+nat' and not self.other:
+        if self.has_number:
             held, free = (target('l2sp', item='covid-ct', source_task=self.source, **{'lambda': float(l)}, metric=self.metric) for l in (self.lam, 0))
             return held - free
-        return Target(self.about, float(self.says), source='Section II (a hypothesis)' if self.other else 'Section III', digits=0, difference=True)
+        return Target(self.about, float(self.says), source='Section II, a hypothesis' if self.other else 'Section III' + ', our reading'*(self.source == 'med'), digits=3, difference=True)
+
+    @property
+    def has_number(self) -> bool: return self.source == 'med+nat' and not self.other  # Else the text gives a sign only
 
     @property
     def published_p(self) -> float:
@@ -83,7 +87,7 @@ class Statement:
 STATEMENTS = tuple(Statement(s, m, says=-1 if s == 'nat' else 1) for s in SOURCE_TITLES for m in ('dice', 'precision')) + tuple(
     Statement(s, other='nat') for s in ('med', 'med+nat'))
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #94f641a8
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #8e0f0ea6
 @dataclass(frozen=True)
 class Finding:
     "One statement and what ours says about it."
@@ -111,10 +115,12 @@ def find(
     found = []
     for s in STATEMENTS:
         effect, other = _effect(table, s, s.source), _effect(table, s, s.other) if s.other else 0.
-        if effect is None or other is None: found.append(Finding(s, None, None, verdict(s.about, None, s.published, scale.name, same_anatomy=scale.virtual))); continue
-        values = (effect - other).to_numpy()
-        mean = two_level_mean(values)
-        found.append(Finding(s, mean, paired_table(values, np.zeros_like(values)), verdict(s.about, mean, s.published, scale.name, same_anatomy=scale.virtual)))
+        values = None if effect is None or other is None else (effect - other).dropna().to_numpy()  # Seeds that all of them have
+        mean = None if values is None or not len(values) else two_level_mean(values)
+        interval = (-math.inf, math.inf) if mean and mean.n_seeds == 1 else None  # One seed knows nothing of others
+        claim = verdict(s.about, mean, s.published, scale.name, interval=interval, same_anatomy=scale.virtual)
+        if not s.has_number: claim = replace(claim, published=replace(claim.published, value=math.nan))  # A sign is no number to print
+        found.append(Finding(s, mean, None if mean is None else paired_table(values, np.zeros_like(values)), claim))
     p = benjamini_hochberg([f.tests.p['t-test'] if f.tests is not None else math.nan for f in found])
     return [replace(f, adjusted=float(q)) for f, q in zip(found, p)]
 
@@ -123,13 +129,12 @@ def findings_table(
     study: Sequence[Finding] = (),      # Of committed study results
 ) -> pd.DataFrame:                      # One row per statement, ready to be shown
     "Ours beside the published, statement by statement."
-    def number(f, x): return f'{x:+.3f}'
     def ours(f): return 'not run' if f.difference is None else f'{f.difference.estimate:+.3f} [{f.difference.interval[0]:+.3f}, {f.difference.interval[1]:+.3f}]'
     def p(f, test): return '–' if f.tests is None or math.isnan(f.tests.p[test]) else f'{f.tests.p[test]:.3f}'
     table = {}
     for i, f in enumerate(findings):
         s, t = f.statement, f.statement.published
-        printed = f'{t.value:+.3f}' if t.digits else ('> 0' if s.says > 0 else '< 0') + ', no number'
+        printed = f'{t.value:+.3f}' if s.has_number else ('> 0' if s.says > 0 else '< 0') + ', no number'
         row = {'ours [95%]': ours(f)} | {f'p {test}': p(f, test) for test in ('t-test', 'sign-flip', 'Wilcoxon')}
         row |= {'t-test adjusted': '–' if math.isnan(f.adjusted) else f'{f.adjusted:.3f}', 'exact floor': '–' if f.difference is None else f'{exact_floor(f.difference.n_patients):.2g}',
                 'published': printed, 'published p': '–' if math.isnan(s.published_p) else f'{s.published_p:.3f}', 'verdict': f.claim.words}
@@ -137,21 +142,42 @@ def findings_table(
         table[s.about] = row
     return pd.DataFrame.from_dict(table, orient='index').rename_axis('statement')
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #ba66b08b
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #961458a6
+def best_replicates(
+    table: pd.DataFrame,     # Of `patients_frame`
+    metric: str = 'dice',
+    n: int = 2_000,          # Resamplings of patients and seeds, the same for every source
+    seed: int = 0,
+) -> pd.DataFrame:           # (n, sources) the penalty weight with the best mean; seeds that any λ lacks are left out
+    "The best penalty weight of each source, replicate by replicate."
+    found = {}
+    for source, runs in table.groupby('source', sort=False):
+        lams, seeds, rng = np.sort(runs.lam.unique()), np.sort(runs.seed.unique()), np.random.default_rng(seed)
+        cube = np.stack([runs[runs.lam == l].pivot(index='seed', columns='patient', values=metric).reindex(seeds) for l in lams])  # λ x seeds x patients
+        cube = cube[:, ~np.isnan(cube).any((0, 2))]
+        if not cube.shape[1]: continue
+        p, s = (rng.integers(k, size=(n, k)) for k in cube.shape[:0:-1])
+        found[source] = lams[cube[:, s[:, :, None], p[:, None]].mean((2, 3)).argmax(0)]
+    return pd.DataFrame(found)
+
 def best_lambda(
     table: pd.DataFrame,     # Of `patients_frame`
     metric: str = 'dice',
-    n: int = 2_000,          # Resamplings of the test patients
-    seed: int = 0,
 ) -> pd.DataFrame:           # One row per source, one column per penalty weight: share of replicates in which it is best, in percent
     "How sure the best penalty weight of each source is."
-    rows = {}
-    for source, runs in table.groupby('source', sort=False):
-        mean = runs.groupby(['lam', 'patient'])[metric].mean().unstack()
-        draws = np.random.default_rng(seed).integers(mean.shape[1], size=(n, mean.shape[1]))
-        best = mean.to_numpy()[:, draws].mean(2).argmax(0)
-        rows[SOURCE_TITLES[source]] = {('frozen' if math.isinf(l) else f'λ = {l:g}'): 100*np.mean(best == i) for i, l in enumerate(mean.index)}
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('source').round(0)
+    best = best_replicates(table, metric)
+    lams = sorted(table.lam.unique())
+    return pd.DataFrame({('frozen' if math.isinf(l) else f'λ = {l:g}'): {SOURCE_TITLES[s]: round(100*(best[s] == l).mean()) for s in best} for l in lams}).rename_axis('source')
+
+def closer_source(
+    table: pd.DataFrame,     # Of `patients_frame`
+    metric: str = 'dice',
+) -> pd.DataFrame:           # One row per medical source: share of replicates in percent
+    "Is the best penalty weight of a medical encoder larger than that of ImageNet's? (Section II, the hypothesis)"
+    best = best_replicates(table, metric)
+    if 'nat' not in best: return pd.DataFrame()
+    signs = {SOURCE_TITLES[s]: np.sign(best[s].replace(math.inf, 1e9) - best.nat.replace(math.inf, 1e9)) for s in best if s != 'nat'}
+    return pd.DataFrame({w: {s: round(100*(v == k).mean()) for s, v in signs.items()} for w, k in (('larger', 1), ('equal', 0), ('smaller', -1))}).rename_axis('best λ, beside Nat')
 
 # %% ../../nbs/api/repro/10_lesion_results.ipynb #d5647cd1
 @dataclass(frozen=True)
@@ -194,7 +220,7 @@ def gather(
     study = [r for c in item_runs(item, SCALES['study']) if (r := published_run(c))] if preset.virtual and scale != 'study' else []
     return Gathered(item, preset, runs, study, Path(data_root) if data_root else None)
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #b8668be1
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #2b4bfda4
 def published_points() -> pd.DataFrame:   # source, lam, metric, value: for `plot_lambda`
     "The points of Figure 1 whose value the text gives."
     rows = published('l2sp').query("item == 'covid-ct' and source_task == 'med+nat'")
@@ -211,15 +237,26 @@ def published_table(
     rows = {METHODS[r.source_task]: dict(dice=f'{float(r.value):.3f}', source=r.source) for r in others.itertuples()}
     rows |= {f'this paper, {SOURCE_TITLES[p.source]}, λ = {p.lam:g}': dict(dice=f'{p.value:.3f}', source='Section III') for p in published_points().query("metric == 'dice'").itertuples()}
     for (source, lam), own in (patients_frame(records).groupby(['source', 'lam']) if records else ()):
-        rows[f'ours, {SOURCE_TITLES[source]}, λ = {lam:g}'] = dict(dice=f'{own.dice.mean():.3f}', source='this store')
+        rows[f'ours, {SOURCE_TITLES[source]}, ' + ('frozen' if math.isinf(lam) else f'λ = {lam:g}')] = dict(dice=f'{own.dice.mean():.3f}', source='this store')
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('method')
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #a80b6105
+def value_claims(
+    g: Gathered,
+) -> list[Claim]:   # Empty on virtual patients, whose Dice cannot equal a published one
+    "At paper scale, each published value against ours."
+    if g.scale.virtual or not g.records: return []
+    table, found = patients_frame(g.records), []
+    for p in published_points().itertuples():
+        scores, printed = _scores(table, p.source, p.lam, p.metric), target('l2sp', item='covid-ct', source_task=p.source, **{'lambda': p.lam}, metric=p.metric)
+        found.append(verdict(f'{p.metric.capitalize()}, {SOURCE_TITLES[p.source]}, λ = {p.lam:g}', None if scores is None else float(scores.to_numpy().mean()), printed, g.scale.name, tolerance=.02))
+    return found
+
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #7015689a
 def source_table(
     g: Gathered,
     store: str = '',       # As for `gather`
 ) -> pd.DataFrame:         # One row per trained source, one column per task
-    "Dice of the source networks on held-out source patients; empty where none was trained."
+    "Dice of the source networks on their validation patients; empty where none was trained."
     wanted = dict.fromkeys(s for r in g.records if (s := source_run(r.config)))
     found = load_or_run(wanted, store or os.environ.get('MEDXFER_STORE') or 'results/store', data_root=g.data_root, progress=None)
     return pd.DataFrame({SOURCE_TITLES[r.config.source]: {k.removeprefix('dice_'): v for k, v in r.metrics.items() if k.startswith('dice_')} for r in found}).T.rename_axis('Dice of source task').round(2)
@@ -233,11 +270,11 @@ def class_weights_table(
 def distances(
     records: Iterable[Record],   # Runs on the target task
 ) -> pd.DataFrame:               # One row per source, one column per penalty weight; mean over seeds
-    "How far the encoder is from its source weights after training."
+    "How far the encoder of the scored checkpoint is from its source weights."
     rows = pd.DataFrame([dict(source=SOURCE_TITLES[r.config.source], lam=held(r.config), distance=r.metrics['distance']) for r in records])
     return rows.pivot_table(index='source', columns='lam', values='distance', sort=False).round(2)
 
-# %% ../../nbs/api/repro/10_lesion_results.ipynb #9788d2b8
+# %% ../../nbs/api/repro/10_lesion_results.ipynb #faf9225c
 def overlay_slices(
     g: Gathered,        # Runs with weights
     patients: int = 3,  # The first ones of the test set
@@ -248,9 +285,8 @@ def overlay_slices(
     rows = [int((s.truth == lesion).sum((1, 2)).argmax()) for s in scans]
     predicted = {}
     for record in g.records:
-        net = begin_target(replace(record.config, source='nat', weights='random'))
-        net.load_state_dict(record.weights())
-        predicted[f'λ = {record.config.lam:g}'] = [segment(net, s)[z] == lesion for s, z in zip(scans, rows)]
+        net = trained_net(record)
+        predicted[f'λ = {record.config.lam:g}'] = [segment(net, s.pixels, s.truth.shape, s.spacing)[z] == lesion for s, z in zip(scans, rows)]
     small = lambda masks: np.stack([resize_slices(m[None].astype(np.uint8), size, 'nearest')[0] for m in masks]).astype(bool)
     truth = small([s.truth[z] == lesion for s, z in zip(scans, rows)])
     return np.stack([s.pixels[z] for s, z in zip(scans, rows)]), truth, {k: small(v) for k, v in predicted.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .lesions import LesionRun
 
-# %% ../../nbs/api/repro/09_lesion_scales.ipynb #7d895022
+# %% ../../nbs/api/repro/09_lesion_scales.ipynb #9a592be7
 @dataclass(frozen=True)
 class LesionScale:
     "One size of the paper's experiment."
@@ -42,7 +42,7 @@ BELOW = (.001, .01, .1)  # Where the penalty starts to matter, with a loss that 
 _VIRTUAL = dict(dataset='virtual-covid', backbone='tf_efficientnet_lite0')
 
 SCALES = {s.name: s for s in (
-    LesionScale('smoke', **_VIRTUAL, size=32, batch=4, steps=2, validate_every=1, source_steps=4, source_train=1, counts=(1, 1, 2), lams=(0., 8., 50.), seeds=(0,),
+    LesionScale('smoke', **_VIRTUAL, size=32, batch=4, steps=2, validate_every=1, source_steps=16, source_train=1, counts=(1, 1, 2), lams=(0., 8., 50.), seeds=(0,),
                 needs='a minute', frozen=False, precision='fp32'),
     LesionScale('demo', **_VIRTUAL, size=64, batch=8, steps=280, validate_every=40, source_steps=400, source_train=16, counts=(21, 3, 12), lams=(0., 8., 50.), seeds=(0, 1),
                 needs='some 12 minutes on 2 cores (estimated), 2 GB of memory, 1 GB of disk', frozen=False),

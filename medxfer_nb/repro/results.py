@@ -574,17 +574,17 @@ def value_claims(
     rows = [(arm, arm.of(g.records, g.scale), arm.published()) for arm in table_arms(g.item, g.scale) if '(matched)' not in arm.strategy]
     return [verdict(f'{arm} ({arm.place})', 100*np.mean([r.metrics['mean_auc'] for r in mine]) if mine else None, t, g.scale.name) for arm, mine, t in rows if t]
 
-# %% ../../nbs/api/repro/06_results.ipynb #ed8d956b
+# %% ../../nbs/api/repro/06_results.ipynb #bc8ef892
 def save_claims(
     claims: Iterable[Claim],  # What was compared
     item: str | Path,         # Table or figure: the file is <item>.claims.json
 ) -> Path:
     "Write claims as a list of {about, ours, published, verdict, scale, words}, all texts."
-    def number(x, digits=1, sign='+'): return f'{x:{sign}.{digits}f}'
+    def number(x, digits, sign='+'): return f'{x:{sign}.{digits}f}'
     def entry(c):
-        sign = '+' if c.published.difference else ''
+        sign, digits = '+' if c.published.difference else '', max(c.published.digits, 1)
         known, finite = not math.isnan(c.estimate), all(map(math.isfinite, c.interval))
-        ours = (number(c.estimate, sign=sign) + (f' [{number(c.interval[0])}, {number(c.interval[1])}]' if finite else '')) if known else ''
+        ours = (number(c.estimate, digits, sign) + (f' [{number(c.interval[0], digits)}, {number(c.interval[1], digits)}]' if finite else '')) if known else ''
         value = '' if math.isnan(c.published.value) else number(c.published.value, c.published.digits, sign)
         value = ', '.join(filter(None, [value, 'no difference' if c.no_difference else ''])) or 'sign only'
         return dict(about=c.about, ours=ours, published=f'{value} ({c.published.source})', verdict=c.verdict, scale=c.scale, words=c.words)

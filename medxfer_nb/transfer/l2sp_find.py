@@ -43,16 +43,18 @@ def patient_folds(
         filled[fold[patient]] += sizes[patient]
     return fold[codes]
 
-# %% ../../nbs/api/transfer/03_l2sp_find.ipynb #18020f88
+# %% ../../nbs/api/transfer/03_l2sp_find.ipynb #350d6797
 def fold_loaders(
     dls: DataLoaders, # Of the learner
     train_rows: np.ndarray, # Of `dls.train`'s data, to train on
     valid_rows: np.ndarray, # Of `dls.train`'s data, to validate on
+    seed: int | None = None, # For a training loader with a seed of its own; None: as it is
 ) -> DataLoaders:
     "The same loaders on parts of the training data."
     data = dls.train.dataset
     take = data.subset if hasattr(data, 'subset') else lambda rows: Subset(data, rows.tolist())
-    train, valid = dls.train.new(dataset=take(train_rows)), dls.valid.new(dataset=take(valid_rows), shuffle=False, drop_last=False)
+    own = {} if seed is None or not hasattr(dls.train, 'seed') else dict(seed=seed)
+    train, valid = dls.train.new(dataset=take(train_rows), **own), dls.valid.new(dataset=take(valid_rows), shuffle=False, drop_last=False)
     if not len(train): raise ValueError(f'{len(train_rows)} rows to train on make no batch of {dls.train.bs}: lower the batch size or take more folds')
     return DataLoaders(train, valid, path=dls.path, device=dls.device)
 
@@ -147,7 +149,7 @@ def plot(self: LamCurve,
     ax.set(xlabel=r'$\lambda$', ylabel='score of held-out patients')
     return ax
 
-# %% ../../nbs/api/transfer/03_l2sp_find.ipynb #0f731c00
+# %% ../../nbs/api/transfer/03_l2sp_find.ipynb #32002fd2
 LAMS = (0., 0.5, 1., 2., 4., 8., 16., 50.) # Fig. 1
 
 class _NoValidation(Callback):
@@ -191,7 +193,7 @@ def l2sp_find(self: Learner, # Holds the source's weights in the encoder, and a 
         for fold in range(k):
             valid = np.flatnonzero(folds == fold)
             valid = valid[np.argsort(codes[valid], kind='stable')] # patient by patient
-            dls = (loaders or (lambda *rows: fold_loaders(self.dls, *rows)))(np.flatnonzero(folds != fold), valid)
+            dls = (loaders or (lambda *rows: fold_loaders(self.dls, *rows, seed=seed)))(np.flatnonzero(folds != fold), valid)
             for j, lam in enumerate(lams):
                 with untouched(self), _with_loaders(self, dls):
                     for code, score in _held_out(self, L2SP(lam, **options), codes[valid], epochs, lr, metric, seed).items(): scores[code, j] = score
