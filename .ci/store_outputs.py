@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-COLOURS = 64  # A figure's pixels in a palette: a third of the size, and no difference to the eye
+COLOURS = 256  # A figure's pixels in a palette: less than half the size, and no difference to the eye
 
 
 def smaller(png: str) -> str:

@@ -319,15 +319,15 @@ def write_failures(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'failures.json', [dict(f, log=os.path.relpath(f['log'], out) if f['log'] else '') for f in failures])
 
-# %% ../nbs/api/cli.ipynb #59ab05f6
-def _checked(paper, scale, data_root, jobs) -> list: # Names of papers
+# %% ../nbs/api/cli.ipynb #e35025b2
+def _checked(paper, scale, data_root, jobs, notebooks) -> list: # Names of papers
     "Refuse what cannot be reproduced"
     if paper: choose('paper', paper, PAPERS)
     choose('scale', scale, ('smoke', 'demo', 'study', 'paper'))
     if data_root and not data_root.is_dir(): raise ArgumentError(f"--data-root: '{data_root}' is not a folder")
     if scale == 'paper' and not data_root: raise ArgumentError("paper scale needs --data-root: the folder that holds the publishers' data sets")
     if jobs is not None and jobs < 1: raise ArgumentError(f'--jobs: {jobs} runs at once make no sense; give 1 or more (default: what cores and memory allow)')
-    return [paper] if paper else list(PAPERS)
+    return [paper] if paper else [p for p in PAPERS if not notebooks or (notebooks/p).is_dir()] or list(PAPERS)
 
 def _drawings(items, plan, out, scale, seeds, parameters) -> dict: # Drawing -> keys of missing runs; current ones left out
     "What has to be executed, and what each waits for"
@@ -364,7 +364,7 @@ def _finish(out, failures) -> None:
     typer.echo(f'report: {_near(write_report(out))}')
     if failures: raise typer.Exit(1)
 
-# %% ../nbs/api/cli.ipynb #1b30d15f
+# %% ../nbs/api/cli.ipynb #74fd65e2
 _STORE_HELP = 'Where runs are kept. Default: $MEDXFER_STORE, else results/store.'
 _OUT_HELP = 'Where executed notebooks, figures and the report go. Default: results/SCALE.'
 _SCALE_HELP = 'smoke (seconds, a test), demo, study or paper.'
@@ -383,10 +383,10 @@ def reproduce(
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Show the plan and stop.')]=False,
     store:StoreOption=STORE,
     out:Annotated[Path, typer.Option(metavar='DIR', help=_OUT_HELP)]=None,
-    notebooks:Annotated[Path, typer.Option(metavar='DIR', help='Folder with one folder of notebooks per paper. Default: nbs/papers of the clone.')]=None,
+    notebooks:Annotated[Path, typer.Option(metavar='DIR', help='Folder with one folder of notebooks per paper, or per some of them. Default: nbs/papers of the clone.')]=None,
 ):
     "Train what is missing, draw every table and figure, and write a report. What is stored is not done again."
-    papers, wanted = _checked(paper, scale, data_root, jobs), parse_seeds(seeds)
+    papers, wanted = _checked(paper, scale, data_root, jobs, notebooks), parse_seeds(seeds)
     from medxfer_nb.repro import jobs as machinery
     from medxfer_nb.repro.store import Store
     items = select_items(papers, only, scale, wanted, notebooks)

@@ -39,7 +39,7 @@ class Scale:
     @property
     def virtual(self) -> bool: return self.datasets[0].startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
 
-# %% ../../nbs/api/repro/05_scales.ipynb #50d728ce
+# %% ../../nbs/api/repro/05_scales.ipynb #f6a61250
 MODULES = ('deconv', 'pixelshuffle', 'coloru')
 _VIRTUAL = dict(datasets=('virtual-chest', 'virtual-hospital', 'virtual-bone'), backbones=('tf_efficientnet_lite0',), batch=16)
 
@@ -47,7 +47,7 @@ SCALES = {s.name: s for s in (
     Scale('smoke', **_VIRTUAL | dict(batch=8), modules=('pixelshuffle', 'coloru'), size=32, steps=2, validate_every=1, n_pool=64, n_valid=32, n_test=48,
           sizes=(40,), seeds=(0,), protocols=('paper',), tuned_transfer=True, needs='some minutes', lr=.01, precision='fp32'),
     Scale('demo', **_VIRTUAL, modules=('pixelshuffle', 'coloru'), size=64, steps=300, validate_every=50, n_pool=400, n_valid=120, n_test=250,
-          sizes=(100,), seeds=(0, 1), protocols=('paper',), tuned_transfer=False, needs='some 20 minutes on 2 cores (estimated), 2 GB of memory, 1 GB of disk'),
+          sizes=(100,), seeds=(0, 1), protocols=('paper',), tuned_transfer=False, needs='18 minutes on 2 cores, 2 GB of memory, 1 GB of disk'),
     Scale('study', **_VIRTUAL, modules=MODULES, size=64, steps=480, validate_every=60, n_pool=800, n_valid=250, n_test=500,
           sizes=(50, 100, 200, 400), seeds=(0, 1, 2), protocols=('paper', 'matched'), tuned_transfer=True, needs='a night on 2 cores (estimated)'),
     Scale('paper', ('chexpert', 'chestxray14', 'mura'), ('resnet18', 'densenet121'), MODULES, size=320, batch=16, steps=43_200, validate_every=4_800,
