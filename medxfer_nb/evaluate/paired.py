@@ -6,10 +6,9 @@
 __all__ = ['TESTS', 'SOURCE_STYLES', 'SPARE_STYLES', 'SOURCE_TITLES', 'sign_flip_test', 'wilcoxon', 'paired_table', 'floor_note',
            'TwoLevelMean', 'two_level_mean', 'lambda_table', 'plot_lambda']
 
-# %% ../../nbs/api/evaluate/03b_paired.ipynb #3f80edd9
+# %% ../../nbs/api/evaluate/03b_paired.ipynb #db70913f
 from collections.abc import Sequence
 from dataclasses import dataclass
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -189,7 +188,7 @@ def lambda_table(
         rows.append(mine.assign(**{f'{c}_bh': benjamini_hochberg(mine[c]) for c in TESTS.values()}))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/api/evaluate/03b_paired.ipynb #57f355f1
+# %% ../../nbs/api/evaluate/03b_paired.ipynb #4b02386e
 SOURCE_STYLES = {'nat': ('#0072B2', 'o'), 'med': ('#009E73', 's'), 'med+nat': ('#D55E00', 'D')}
 SPARE_STYLES = (('#CC79A7', '^'), ('#7F7F7F', 'v'), ('#E69F00', 'P'))
 SOURCE_TITLES = {'nat': 'Nat (ImageNet)', 'med': 'Med', 'med+nat': 'Med+Nat'}
@@ -199,18 +198,11 @@ def _styles(sources):
     return {s: SOURCE_STYLES.get(s) or next(spare) for s in sources}
 
 def _lambda_axis(ax, lams):
-    "Symmetric-log axis with a tick at each lambda; returns where to draw a lambda, aside by a share of the axis."
-    finite = [l for l in lams if np.isfinite(l)]
-    frozen = 4*max(finite[-1], 1)
-    ax.set_xscale('symlog', base=2, linthresh=min([l for l in finite if l > 0], default=1.))
-    ax.set_xticks([min(l, frozen) for l in lams], [f'{l:g}' if np.isfinite(l) else 'frozen' for l in lams])
-    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    if len(finite) < len(lams): ax.axvline(2*max(finite[-1], 1), color='.8', lw=.8, ls=':')
-    scale = ax.xaxis.get_transform()
-    low, high = scale.transform(np.minimum([lams[0], lams[-1]], frozen))
-    def place(lam, aside): return scale.inverted().transform(scale.transform(np.minimum(np.asarray(lam, float), frozen)) + aside*max(high - low, 1.))
-    ax.set_xlim(place(lams[0], -.05), place(lams[-1], .05))
-    return place
+    "One place for each lambda, in order: they span too many magnitudes for a scale. Returns where to draw a lambda, aside by a part of a place."
+    ax.set_xticks(range(len(lams)), [f'{l:g}' if np.isfinite(l) else 'frozen' for l in lams])
+    ax.set_xlim(-.5, len(lams) - .5)
+    if len(lams) > 1 and np.isinf(lams[-1]): ax.axvline(len(lams) - 1.5, color='.8', lw=.8, ls=':')
+    return lambda lam, aside: np.searchsorted(lams, lam) + aside
 
 def _shown(runs, metric, reference) -> dict:
     "Scores, or differences to the reference, as {source: {lambda: seeds x patients}}."
@@ -227,9 +219,9 @@ def _draw_source(ax, grids, style, place, aside, level):
     finite = np.isfinite(lams)
     ax.plot(place(lams[finite], aside), mean[finite], color=colour, zorder=2)
     for lam, m in zip(lams, means):
-        if m.n_seeds > 1: ax.plot(place(np.full(m.n_seeds, lam), aside + .006), m.per_seed, marker, color=colour, ms=2.5, alpha=.5, mec='none', zorder=3)
+        if m.n_seeds > 1: ax.plot(place(np.full(m.n_seeds, lam), aside + .05), m.per_seed, marker, color=colour, ms=2.5, alpha=.5, mec='none', zorder=3)
 
-# %% ../../nbs/api/evaluate/03b_paired.ipynb #78e54b82
+# %% ../../nbs/api/evaluate/03b_paired.ipynb #56710db6
 def _lambda_legend(fig, styles, level, n_seeds, published):
     interval = f'mean, {level:.0%} interval over ' + ('seeds and patients' if n_seeds > 1 else 'patients (one seed)')
     key = [Line2D([], [], color=c, marker=m, mec='white', mew=.6, ms=6, label=SOURCE_TITLES.get(s, title(s))) for s, (c, m) in styles.items()]
@@ -252,9 +244,9 @@ def plot_lambda(
     for ax, metric in zip(axes[0], metrics):
         grids, place = _shown(runs, metric, reference), _lambda_axis(ax, lams)
         styles = _styles(list(grids))
-        aside = dict(zip(grids, .016*(np.arange(len(grids)) - (len(grids) - 1)/2)))
+        aside = dict(zip(grids, .14*(np.arange(len(grids)) - (len(grids) - 1)/2)))
         for source, mine in grids.items(): _draw_source(ax, mine, styles[source], place, aside[source], level)
-        for row in () if published is None else published[published.metric == metric].itertuples():
+        for row in () if published is None else published[(published.metric == metric) & published.lam.isin(lams)].itertuples():
             if row.source in grids: ax.plot(place(row.lam, aside[row.source]), row.value, '*', mfc='white', mec=styles[row.source][0], ms=8, zorder=5)
         ax.set(xlabel='λ', ylabel=title(metric).capitalize() + (f' minus that at λ = {reference:g}' if reference is not None else ''))
         if reference is not None: ax.axhline(0, color='.4', lw=.8, zorder=1)
