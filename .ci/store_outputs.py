@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-COLOURS = 256  # A figure's pixels in a palette: less than half the size, and no difference to the eye
+COLOURS = 128  # A figure's pixels in a palette: less than half the size, and no difference to the eye
 
 
 def smaller(png: str) -> str:
