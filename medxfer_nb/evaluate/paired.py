@@ -188,7 +188,7 @@ def lambda_table(
         rows.append(mine.assign(**{f'{c}_bh': benjamini_hochberg(mine[c]) for c in TESTS.values()}))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/api/evaluate/03b_paired.ipynb #4b02386e
+# %% ../../nbs/api/evaluate/03b_paired.ipynb #b3d7c1f4
 SOURCE_STYLES = {'nat': ('#0072B2', 'o'), 'med': ('#009E73', 's'), 'med+nat': ('#D55E00', 'D')}
 SPARE_STYLES = (('#CC79A7', '^'), ('#7F7F7F', 'v'), ('#E69F00', 'P'))
 SOURCE_TITLES = {'nat': 'Nat (ImageNet)', 'med': 'Med', 'med+nat': 'Med+Nat'}
@@ -201,6 +201,7 @@ def _lambda_axis(ax, lams):
     "One place for each lambda, in order: they span too many magnitudes for a scale. Returns where to draw a lambda, aside by a part of a place."
     ax.set_xticks(range(len(lams)), [f'{l:g}' if np.isfinite(l) else 'frozen' for l in lams])
     ax.set_xlim(-.5, len(lams) - .5)
+    if len(lams) > 8: ax.tick_params(axis='x', labelrotation=45)
     if len(lams) > 1 and np.isinf(lams[-1]): ax.axvline(len(lams) - 1.5, color='.8', lw=.8, ls=':')
     return lambda lam, aside: np.searchsorted(lams, lam) + aside
 
