@@ -44,7 +44,7 @@ _VIRTUAL = dict(dataset='virtual-covid', backbone='tf_efficientnet_lite0')
 SCALES = {s.name: s for s in (
     LesionScale('smoke', **_VIRTUAL, size=32, batch=4, steps=2, validate_every=1, source_steps=16, source_train=1, counts=(1, 1, 2), lams=(0., 8., 50.), seeds=(0,),
                 needs='a minute', frozen=False, precision='fp32'),
-    LesionScale('demo', **_VIRTUAL, size=64, batch=8, steps=280, validate_every=40, source_steps=400, source_train=16, counts=(21, 3, 12), lams=(0., 8., 50.), seeds=(0, 1),
+    LesionScale('demo', **_VIRTUAL, size=64, batch=8, steps=280, validate_every=40, source_steps=320, source_train=16, counts=(21, 3, 12), lams=(0., 8., 50.), seeds=(0, 1),
                 needs='12 minutes on 2 cores, 2 GB of memory, 1 GB of disk', frozen=False),
     LesionScale('study', **_VIRTUAL, size=64, batch=8, steps=320, validate_every=40, source_steps=960, source_train=24, counts=(21, 3, 20), lams=tuple(sorted(LAMBDAS + BELOW)), seeds=(0, 1, 2),
                 needs='some hours on 2 cores (estimated), 3 GB of disk'),
