@@ -5,8 +5,10 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from medxfer_nb.data.ct import CLASSES, read_nifti, save_nifti
+from medxfer_nb.cli import app
+from medxfer_nb.data.ct import CLASSES, ZENODO_SCANS, read_nifti, save_nifti
 from medxfer_nb.data.volumes import virtual_case
 from medxfer_nb.repro import lesions
 from medxfer_nb.repro.jobs import load_or_run
@@ -57,6 +59,32 @@ def test_slices_of_a_patient_stay_on_one_side(data_root, run):
     cases = lesions.covid_split(run, data_root)
     patients = [{c.patient for c in cases[s]} for s in ('train', 'valid', 'test')]
     assert [len(cases[s]) for s in ('train', 'valid', 'test')] == [2, 1, 1] and not any(a & b for a, b in [patients[:2], patients[1:], patients[::2]])
+
+
+@pytest.mark.parametrize('split, whole', [('patient', True), ('scan', False)])
+def test_series_of_a_patient_are_dealt_out_as_the_run_says(tmp_path, run, split, whole):
+    "All 29 names; cases 10 and 29 of Radiopaedia have two series each, which the paper's literal split may part."
+    for name in ZENODO_SCANS:
+        for folder in ('ct_scans', 'lung_and_infection_mask'): (tmp_path/folder).mkdir(exist_ok=True); (tmp_path/folder/f'{name}.nii.gz').touch()
+    for folder in ('rp_im', 'rp_msk', 'rp_lung_msk'):
+        (tmp_path/folder).mkdir()
+        for i in range(1, 10): (tmp_path/folder/f'{i}.nii.gz').touch()
+    parts = lesions.covid_split(replace(run, n_train=21, n_valid=3, n_test=5, split=split), tmp_path)
+    assert {k: len(v) for k, v in parts.items()} == dict(train=21, valid=3, test=5)
+    sides = {}
+    for side, cases in parts.items():
+        for c in cases: sides.setdefault(c.patient, []).append(side)
+    twice = [s for s in sides.values() if len(s) == 2]
+    assert len(twice) == 2 and all(len(set(s)) == 1 for s in twice) == whole
+
+
+def test_one_command_is_the_whole_figure(tmp_path, data_root, monkeypatch):
+    "Three sources, eight penalty weights and the limit, three seeds, two source networks"
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ['reproduce', 'l2sp', '--scale', 'paper', '--data-root', str(data_root), '--dry-run'])
+    words = ' '.join(done.output.split())
+    assert done.exit_code == 0 and 'fig1_lambda 81 0 83' in words and '81 different runs: 0 stored, 83 to train' in words, done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_source_and_target_really_train(tmp_path, data_root, run, monkeypatch):

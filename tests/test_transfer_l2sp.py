@@ -382,6 +382,70 @@ def test_sources(given):
     kept = {t.data_ptr(): t.nbytes for d in vars(cb).values() if isinstance(d, dict) for t in d.values()}
     assert sum(kept.values()) == sum(p.nbytes for p in learn.model.encoder.parameters()) # one copy, no more
 
+@pytest.mark.parametrize('anchor', ['start', 'source'])
+@pytest.mark.parametrize('form, lam', [*((form, 1.5) for form in FORMS), ('proximal', math.inf)])
+def test_the_anchor_never_moves(form, lam, anchor):
+    "Nor does what it was copied from, nor the Fisher weights; there is one copy of each and no more."
+    given, fisher = {n: v.clone() for n, v in SOURCE.items()}, {n: torch.rand_like(p) for n, p in Net().encoder.named_parameters()}
+    weights = {n: f.clone() for n, f in fisher.items()}
+    learn = learner(L2SP(lam, given if anchor == 'source' else 'start', form=form, fisher=fisher), opt=partial(SGD, mom=0.9), wd=0.1)
+    start = SOURCE if anchor == 'source' else state(learn.model)
+    for _ in range(2):
+        fit(learn)
+        assert_same(learn.l2sp.anchor, start, exact=True); assert_same(learn.l2sp.fisher, {f'encoder.{n}': f for n, f in weights.items()}, exact=True)
+        kept = {t.data_ptr(): t.nbytes for d in vars(learn.l2sp).values() if isinstance(d, dict) for t in d.values()}
+        assert sum(kept.values()) == 2 * sum(p.nbytes for p in learn.model.encoder.parameters())
+    assert_same(given, SOURCE, exact=True); assert_same(fisher, weights, exact=True)
+    assert (learn.l2sp.distance() > 0) == (lam < math.inf)
+
+def test_distances_by_hand():
+    learn = fit(learner(L2SP(1.5, SOURCE)))
+    by_layer = {}
+    for n, p in learn.model.encoder.named_parameters():
+        layer = f'encoder.{n}'.rpartition('.')[0]
+        by_layer[layer] = by_layer.get(layer, 0.) + ((p - SOURCE[f'encoder.{n}'])**2).sum().item()
+    assert learn.l2sp.distance(True) == pytest.approx({layer: math.sqrt(d) for layer, d in by_layer.items()}, rel=1e-5)
+    assert len({round(d, 6) for d in by_layer.values()}) == len(by_layer) # none would pass for another
+    assert learn.l2sp.history[-1] == dict(epoch=1, distance=learn.l2sp.distance(), penalty=pytest.approx(1.5 * sum(by_layer.values()), rel=1e-5))
+
+def test_anchor_and_fisher_are_where_their_parameters_are():
+    "A source from the disk lies on the CPU, half of the encoder elsewhere: the device `meta`, which knows shapes only, stands for a GPU."
+    model = Net()
+    for i in (3, 4): model.encoder[i].to('meta')
+    learn = learner(L2SP(1., SOURCE, fisher={n: torch.ones(p.shape) for n, p in model.encoder.named_parameters()}), model=model)
+    learn.l2sp.bind()
+    for name, p in model.encoder.named_parameters():
+        for t in (learn.l2sp.anchor[f'encoder.{name}'], learn.l2sp.fisher[f'encoder.{name}']): assert (t.device, t.dtype, t.shape) == (p.device, p.dtype, p.shape)
+    assert sorted({p.device.type for p in pull.params} for pull in learn.l2sp.pulls) == [{'cpu'}, {'meta'}]
+    for pull in learn.l2sp.pulls: # two devices in one operation would be an error
+        pull.add_gradient(); pull.shrink(0.1)
+        assert all(p.grad.device == p.device == pull.square().device for p in pull.params)
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_model_in_another_precision(form):
+    "The start is taken in the precision that trains; a source, and an anchor that is there already, has to have it."
+    learn = learner(L2SP(1.5, form=form), batches=BATCHES64)
+    learn.model.load_state_dict(SOURCE)
+    learn.model.to(torch.float64)
+    fit(learn)
+    assert {a.dtype for a in learn.l2sp.anchor.values()} == {torch.float64}
+    assert_same(learn.l2sp.anchor, {n: v.double() for n, v in SOURCE.items()}, exact=True)
+    learn.model.to(torch.float32)
+    with pytest.raises(AnchorError, match='encoder.0.weight torch.float64 for torch.float32'): fit(learn)
+
+def test_parameters_of_two_precisions():
+    "Each is pulled among its like, as if alone."
+    class Mixed(Net):
+        def forward(self, x): return self.decoder(self.encoder[0](x).double().mean((2, 3)).repeat(1, 4))
+    def run(form):
+        learn = learner(L2SP(1.5, form=form, scope='*'), model=Mixed(), splitter=lambda m: [list(m.parameters())])
+        learn.model.decoder.double()
+        with torch.no_grad(): learn.l2sp.source = {n: p + 1 for n, p in learn.model.named_parameters()}
+        return learn, state(fit(learn).model)
+    (learn, loss), (_, grad) = run('loss'), run('grad')
+    assert {len({p.dtype for p in pull.params}) for pull in learn.l2sp.pulls} == {1} and len(learn.l2sp.pulls) == 2
+    assert_same(loss, grad, atol=1e-5, rtol=1e-4)
+
 def test_the_start_is_the_first_training():
     learn = learner(L2SP(1.))
     with learn.no_bar(), learn.no_logging(): learn.validate(); learn.get_preds(dl=learn.dls.valid)
