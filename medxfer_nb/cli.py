@@ -65,7 +65,7 @@ def show_table(
     Console(force_jupyter=False, highlight=False, markup=False).print(table)
 
 # %% ../nbs/api/cli.ipynb #7aa83b56
-PAPERS = {'colorization': 'medxfer_nb.repro.scales', 'l2sp': 'medxfer_nb.repro.lesion_scales'}
+PAPERS = {'colorization': 'medxfer_nb.repro.scales', 'l2sp': 'medxfer_nb.repro.lesion_scales', 'timm': 'medxfer_nb.repro.brain_scales'}
 
 def choose(
     what:str, # Kind of thing, for the message
@@ -128,7 +128,7 @@ def _runs(paper, item, scale, seeds) -> list:
     module = importlib.import_module(PAPERS[paper])
     return module.item_runs(item, module.scale_named(scale), seeds)
 
-# %% ../nbs/api/cli.ipynb #0910dbf2
+# %% ../nbs/api/cli.ipynb #13d86f80
 def _cores() -> int:
     from medxfer_nb.repro.store import hardware
     return hardware()['cores']
@@ -164,8 +164,8 @@ def needed_assets(
     from medxfer_nb.data.assets import ASSETS, status
     names = set()
     for c in (j.config for j in plan.todo):
-        if c.dataset.startswith('virtual'): names |= {'chest-ct', 'chest-ct-labels'}
-        names |= {c.backbone.removeprefix('tf_').replace('_', '-')} & set(ASSETS)
+        if c.dataset.startswith('virtual'): names |= {'freesurfer-labels'} if c.paper == 'timm' else {'chest-ct', 'chest-ct-labels'}
+        names |= {getattr(c, 'backbone', '').removeprefix('tf_').replace('_', '-')} & set(ASSETS)
     cached = status().cached
     return [n for n in ASSETS if n in names and not cached[n]]
 

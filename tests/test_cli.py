@@ -215,4 +215,4 @@ def test_unexpected_errors_are_one_line(home, monkeypatch):
 def test_the_command_is_installed(home):
     command = Path(sys.executable).with_name('medxfer')
     result = subprocess.run([command, 'reproduce', 'nothing'], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.strip().endswith('choose colorization, l2sp') and result.stdout == ''
+    assert result.returncode == 2 and result.stderr.strip().endswith('choose colorization, l2sp, timm') and result.stdout == ''

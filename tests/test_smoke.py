@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from medxfer_nb.data.films import virtual_films
-from medxfer_nb.repro import lesion_scales, scales
+from medxfer_nb.repro import brain_scales, lesion_scales, scales
 
 NOTEBOOKS = {folder.name: sorted(p.stem for p in folder.glob('*.ipynb')) for folder in (Path(__file__).resolve().parents[1]/'nbs'/'papers').iterdir()}
-DRAWN = {name for names in NOTEBOOKS.values() for name in names} - {'tab_published'}  # That one is a table of printed numbers
+DRAWN = {name for names in NOTEBOOKS.values() for name in names} - {'tab_published', 'tab4_retention'}  # These are tables
 MEDXFER = Path(sys.executable).with_name('medxfer')
 
 
@@ -29,7 +29,7 @@ def results(tmp_path_factory):
 
 
 def test_every_table_and_figure_has_a_notebook():
-    assert NOTEBOOKS == dict(colorization=sorted(set(scales.ITEMS) - {'controls'}), l2sp=sorted(lesion_scales.ITEMS))
+    assert NOTEBOOKS == dict(colorization=sorted(set(scales.ITEMS) - {'controls'}), l2sp=sorted(lesion_scales.ITEMS), timm=sorted(brain_scales.ITEMS))
 
 
 def test_everything_is_drawn(results):

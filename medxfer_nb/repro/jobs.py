@@ -49,7 +49,7 @@ class Experiment:
     @property
     def module(self) -> str: return self.code or self.train.__module__
 
-EXPERIMENTS = {'colorization': 'medxfer_nb.repro.colorization:EXPERIMENT', 'l2sp': 'medxfer_nb.repro.lesions:EXPERIMENT'}
+EXPERIMENTS = {'colorization': 'medxfer_nb.repro.colorization:EXPERIMENT', 'l2sp': 'medxfer_nb.repro.lesions:EXPERIMENT', 'timm': 'medxfer_nb.repro.brains:EXPERIMENT'}
 
 def register(
     paper:str, # `RunConfig.paper`

@@ -174,7 +174,7 @@ def read_section(
 
 # %% ../../nbs/api/repro/07_report.ipynb #850a1f2a
 TITLES = {'colorization': 'Learned colours for X-rays', 'l2sp': 'L2-SP transfer for CT', 'timm': 'T-IMM for brain MRI'}
-_ORDER = {'colorization': 'tab1 tab2 fig4 fig5 fig6 tab3'.split(), 'l2sp': 'fig1 fig2 tab'.split()}
+_ORDER = {'colorization': 'tab1 tab2 fig4 fig5 fig6 tab3'.split(), 'l2sp': 'fig1 fig2 tab'.split(), 'timm': 'tab2 fig4 tab3 fig5 tab4 fig3'.split()}
 
 def item_order(
     paper:str, # Name of a paper
