@@ -23,7 +23,8 @@ def record(config, lift=LIFT, patients=PATIENTS, **metrics):
     dice = patients + lift[config.start] + .005*config.seed + .02*rng.standard_normal(len(patients))
     found = dict(dice=dice, dice_ET=dice - .1, dice_TC=dice, dice_WT=dice + .1, ml_WT=100*patients)
     memory = dict(imm=dict(m1=(.89, 0.), m2=(.01, .89), imm=(.38, .42)), timm=dict(timm=(.5, .39))).get(config.start, {})
-    found |= {f'remembers_{s}_{t}': v + .01*rng.standard_normal(12) for s, values in memory.items() for t, v in zip(('m1', 'm2'), values)}
+    noise = rng if config.start == 'timm' else np.random.default_rng(1)  # P of the others has no seed
+    found |= {f'remembers_{s}_{t}': v + .01*noise.standard_normal(12) for s, values in memory.items() for t, v in zip(('m1', 'm2'), values)}
     if config.start == 'timm': found |= {'ratio_encoder.1.conv_in.conv': np.float32([.8, .2]), 'ratio_decoder.0.up.conv': np.float32([[.6, .2], [.4, .8]])}
     stages = ('adaption', 'fine_tuning')[config.start != 'timm':]
     facts = {f'{s}_{k}': v for s in stages for k, v in dict(steps=40, epochs=10., val=.6, stopped='max_steps').items()} | dict(mean_dice=float(dice.mean()))
@@ -96,6 +97,13 @@ def test_seeds_that_only_one_start_has_are_left_out(study):
     assert f.difference.n_seeds == 2
 
 
+def test_a_missing_score_is_an_error(study):
+    table = R.patients_frame(study)
+    one = (table.start == 'none') & (table.portion == '4%') & (table.protocol == 'paper') & (table.seed == 1) & (table.patient == 3)
+    for broken in (table[~one], table.assign(dice=table.dice.mask(one))):
+        with pytest.raises(ValueError, match='T-IMM minus No transfer: 1 scores'): R.find(broken, R.transfer_statements(), STUDY)
+
+
 def test_opposite_effects_are_called_so():
     table = R.patients_frame(records(lift=LIFT | {'timm': -.05}))
     assert {f.claim.verdict for f in R.find(table, R.transfer_statements(), STUDY) if f.statement.a == 'timm' and not f.statement.less} == {'opposite'}
@@ -104,18 +112,49 @@ def test_opposite_effects_are_called_so():
 def test_what_is_remembered():
     g = gathered(item='tab4_retention')
     found = {f.statement.about: f for f in g.find_memory()}
-    assert all(f.claim.verdict == 'same direction' for f in found.values())
+    for about, f in found.items(): assert (f.claim.verdict, f.difference.n_seeds) == (('same direction', 3) if 'T-IMM' in about else ('undecided', 1)), about
+    assert found['labels 1:7 remembered: Model 2 minus Model 1'].statement.published.value == pytest.approx(-.88)
     f = found['labels 1:7 remembered: T-IMM minus IMM']
     assert f.difference.estimate == pytest.approx(.12, abs=.01) and f.statement.published.value == pytest.approx(.12)
     table = R.memory_table(g)
     assert [table.loc[('T-IMM', 'published'), c] for c in table] == ['0.50', '0.39'] and len(table.loc['T-IMM']) == 4 and len(table.loc['IMM']) == 2
-    assert float(table.loc[('Model 1', 'study'), 'labels 8:14'].split()[0]) == pytest.approx(0, abs=.01)
+    assert float(table.loc[('Model 1', 'study'), 'labels 8:14']) == pytest.approx(0, abs=.01)
+    ours = table.drop(index='published', level=1)
+    assert {s: ours.loc[s].map(lambda cell: '±' in cell).to_numpy().any() for s in ('Model 1', 'Model 2', 'IMM', 'T-IMM')} == {'Model 1': False, 'Model 2': False, 'IMM': False, 'T-IMM': True}
 
 
 def test_stages():
     table = R.stages_table(gathered(item='tab3_stages'))
     assert table.loc[('4%', 'published'), 'Fine-tuning: epochs'] == '88' and table.loc[('100%', 'published'), 'Adaption: val-score'] == '0.67'
     assert list(table.loc[('8%', 'study, matched')]) == ['10', '40', '0.60', '0 of 3']*2
+
+
+def test_the_dot_is_the_best_of_fine_tuning():
+    history = [dict(iteration=i, train_loss=1., valid_loss=l, valid_metric=-l, phase=p) for i, l, p in ((20, .1, 'adaption'), (40, .3, 'fine_tuning'), (60, .2, 'fine_tuning'))]
+    run = SimpleNamespace(config=make_run(DEMO, 'timm', '4%'), history=history)
+    curves = R.curves_frame([run])
+    assert curves.valid_metric.isna().tolist() == [True, False, False] and curves.loc[curves.valid_metric.idxmax(), 'iteration'] == 60
+
+
+def test_training_lengths_and_what_was_left_out():
+    runs = [record(c, left_out='x', fine_tuning_stopped='converged' if c.seed else 'max_steps') if c.start != 'none' else record(c) for c in item_runs('tab2_transfer', STUDY)]
+    table = R.training_table(R.Gathered('tab2_transfer', STUDY, Runs(runs), []))
+    assert list(table.loc[('study, paper', 'T-IMM')]) == ['2 of 3, 80 steps']*3 + ['x'] and list(table.loc[('study, matched', 'No transfer')]) == ['0 of 3, 40 steps']*3 + ['–']
+    assert table.loc[('study, paper', 'All HCP, all labels'), '4%'] == '–'
+
+
+def test_the_choice_of_patients_is_shown_once():
+    facts = dict(cases_there=285, cases_chosen=255, choice_seed=0, cases_left_out='3, 9')
+    g = R.Gathered('tab2_transfer', PAPER, Runs([record(c, **facts) for c in item_runs('tab2_transfer', PAPER)]), [])
+    assert R.choice_table(g).to_dict('records') == [{'data set': 'brats', 'cases there': 285, 'cases chosen': 255, 'choice seed': 0, 'cases left out': '3, 9'}]
+    assert R.choice_table(gathered(DEMO)).empty
+
+
+def test_gains_are_paired_by_seed(study):
+    some = [r for r in study if not (r.config.start == 'none' and r.config.seed == 2)]
+    gains = R.gains_frame(R.patients_frame(some)).query("portion == '4%' and start == 'none'")
+    dice = {(r.config.start, r.config.seed): r.predictions()['dice'] for r in some if (r.config.portion, r.config.protocol) == ('4%', 'paper')}
+    assert gains.gain.mean() == pytest.approx(np.mean([dice['timm', s] - dice['none', s] for s in (0, 1)]))
 
 
 def test_gains_are_sorted_by_the_score_of_timm(study):
@@ -133,6 +172,15 @@ def test_ratios_of_channels_are_averaged(study):
     assert list(ratios.drop_duplicates('layer').unit) == ['encoder.1.conv_in.conv', 'decoder.0.up.conv']
     assert np.allclose(ratios[ratios.source == 'm2'].groupby('unit').ratio.mean()[['encoder.1.conv_in.conv', 'decoder.0.up.conv']], [.2, .6])
     assert len(R.plot_layer_ratios(ratios).axes) == 3
+
+
+def test_agreement_of_ratios_is_per_portion():
+    profiles = {('4%', 0): [.1, .2, .4], ('4%', 1): [.2, .3, .5], ('4%', 2): [.4, .2, .1], ('8%', 0): [.6, .7, .9]}
+    rows = [dict(portion=p, protocol='paper', seed=s, layer=i, unit=str(i), source=k, ratio=r if k == 'm2' else 1 - r) for (p, s), v in profiles.items() for i, r in enumerate(v) for k in ('m1', 'm2')]
+    table = R.ratios_table(pd.DataFrame(rows))
+    by_hand = np.mean([np.corrcoef(profiles['4%', a], profiles['4%', b])[0, 1] for a, b in ((0, 1), (0, 2), (1, 2))])
+    assert table.correlation['4%'] == pytest.approx(by_hand, abs=1e-3) and np.isnan(table.correlation['8%'])
+    assert list(table.loc['4%', ['smallest', 'median', 'largest', 'seeds']]) == [.1, .2, .5, 3] and table['median']['8%'] == .7
 
 
 def test_layers_stand_in_the_order_of_the_network():

@@ -56,15 +56,23 @@ def test_imm_starts_from_Eq_2(store, sources):
         assert torch.allclose(merged.double(), by_hand, rtol=1e-4, atol=1e-6), name
 
 
-def test_m2_starts_from_the_P_of_m1(tmp_path, store, sources, monkeypatch):
+def test_fisher_of_an_adapted_first_convolution_keeps_its_size(sources):
+    run, kernel = smoke('imm', first_conv='adapt'), 'encoder.0.conv_in.conv.weight'
+    net = brains.begin(run, brains.read_sets(run).train)
+    theta, F = brains.weights_of(sources[0]), brains.fisher_of(sources[0])
+    assert torch.allclose(brains.carried(net, theta, run)[kernel], theta[kernel].mean(1, keepdim=True).expand(-1, 4, -1, -1, -1)/2)
+    assert torch.allclose(brains.carried(net, F, run, fisher=True)[kernel], F[kernel].mean(1, keepdim=True).expand(-1, 4, -1, -1, -1))
+
+
+def test_m2_starts_as_m1(tmp_path, store, sources, monkeypatch):
     class Begun(Exception): pass
     def fit(learn, *args, **options): raise Begun(learn.model)
     monkeypatch.setattr(brains, 'fit_until', fit)
     first, run = sources[0], sources[1].config
     with pytest.raises(Begun) as begun: brains.train(run, Context((first,), tmp_path, store, None, run.seed, print))
     net, = begun.value.args
-    fresh, source, P = brains.begin(run, brains.read_sets(run).train).state_dict(), brains.weights_of(first), set(shared_parameters(net, is_shared))
-    for name, p in net.state_dict().items(): assert torch.equal(p, source[name] if name in P else fresh[name])
+    source, P = brains.weights_of(first), set(shared_parameters(net, is_shared))
+    for name, p in net.state_dict().items(): assert torch.equal(p, source[name])  # S too (Section 4.3)
     assert P == set(brains.fisher_of(first)) and len(P) == 54
 
 
@@ -127,8 +135,30 @@ def test_source_networks_do_not_depend_on_the_target():
     others = [replace(run, **c) for c in (dict(seed=5), dict(protocol='matched', adapt_steps=2), dict(granularity='channel'), dict(fisher_scale='tensor'), dict(ratio_lr=.3), dict(portion='4%'),
                                           dict(portion='100%', n_online=2), dict(first_conv='adapt'))]
     assert all(brains.parents(o) == brains.parents(run) for o in others)
-    assert brains.parents(replace(run, likelihood='soft_dice')) != brains.parents(run)
+    for c in (dict(likelihood='soft_dice'), dict(augment=False)): assert brains.parents(replace(run, **c)) != brains.parents(run)
     assert {p.seed for p in brains.parents(run)} == {brains.SOURCE_SEED}
+
+
+def test_augmentation_can_be_left_out():
+    run = smoke('none')
+    data = brains.read_sets(run)
+    assert [brains.learner(r, brains.begin(r, data.train), data).dls.train.augment for r in (run, replace(run, augment=False))] == [True, False]
+    assert not any(p.augment for p in brains.parents(smoke('imm', augment=False)))
+
+
+def test_what_is_not_transferred_is_told_and_recorded(tmp_path, store, sources):
+    told, run = [], smoke('m1')
+    result = brains.train(run, Context(tuple(sources[:1]), tmp_path, store, None, run.seed, lambda fraction, note='': told.append(note)))
+    assert result.metrics['left_out'] == 'encoder.0.conv_in.conv' and 'not transferred: encoder.0.conv_in.conv' in told
+    assert 'left_out' not in trained(store, smoke('none'))[0].metrics
+
+
+def test_one_half_counts_as_found(monkeypatch):
+    run = smoke('none')
+    test = brains.read_sets(run).test.subset([0])
+    monkeypatch.setattr(brains, 'predict_volume', lambda net, image, window: torch.full((3, *image.shape[1:]), .5))
+    found = brains.score(None, test, run.regions)
+    assert found['predicted_ml_ET'] == pytest.approx(np.prod(test.shape)*np.prod(test.spacing)/1000)
 
 
 @pytest.mark.parametrize('changes, left_out, tensors', [(dict(first_conv='adapt'), 'nothing', 54), (dict(norms='shared'), 'encoder.0.conv_in.conv', 106), (dict(granularity='channel'), 'encoder.0.conv_in.conv', 52)])
@@ -164,7 +194,7 @@ def test_small_portions_are_nested_and_disjoint_from_what_tests_them():
 @pytest.mark.parametrize('changes, words', [
     (dict(start='none'), 'adapt_steps'), (dict(adapt_steps=0), 'adapt_steps'), (dict(portion=''), 'portion'), (dict(steps=3), 'multiple'), (dict(size=16), '17'), (dict(patch=8), '17'),
     (dict(source_steps=0), 'source_steps'), (dict(portion='100%', n_online=0), 'n_online'), (dict(dataset='virtual-hcp', start='m1'), 'portion'),
-    (dict(dataset='hcp', portion='', adapt_steps=0), 'source network'), (dict(protocol='matched', steps=2), 'include the adaption'), (dict(lr=0.), 'positive'), (dict(total=0), 'total')])
+    (dict(dataset='hcp', portion='', adapt_steps=0), 'source network'), (dict(protocol='matched', steps=2), 'include the adaption'), (dict(lr=0.), 'positive'), (dict(total=0), 'total'), (dict(seed=brains.SOURCE_SEED), 'source networks')])
 def test_wrong_configurations_say_what_to_change(changes, words):
     with pytest.raises(ConfigError, match=words): replace(smoke('timm'), **changes)
 
@@ -196,6 +226,7 @@ def test_real_layouts_train_submit_and_read_scores_back(tmp_path, data_root, mon
     small, full = smoke('imm', **changes), smoke('none', '100%', **{k: v for k, v in changes.items() if k != 'hcp'} | dict(n_online=1))
     imm, none = trained(store, small, full, data_root=data_root)
     assert imm.predictions()['dice'].shape == (1,) and {'remembers_imm_m1', 'remembers_m2_m2'} <= set(imm.predictions())
+    assert (imm.metrics['cases_there'], imm.metrics['cases_chosen'], imm.metrics['cases_left_out'], imm.metrics['choice_seed']) == (3, 3, '', 0)
     assert none.predictions() == {} and 'mean_dice' not in none.metrics and from_leaderboard(full, data_root) == {}
     g = Gathered('tab2_transfer', SCALES['paper'], [imm, none], [], data_root)
     written, = submit(g)
@@ -206,6 +237,26 @@ def test_real_layouts_train_submit_and_read_scores_back(tmp_path, data_root, mon
     (written.parent/'scores.csv').write_text(f'Label,Dice_ET,Dice_WT,Dice_TC\n{case.subject},0.5,0.7,0.6\nMean,0.5,0.7,0.6\n')
     table = patients_frame([imm, none], data_root).query("portion == '100%'")
     assert table.dice.item() == pytest.approx(.6) and table.dice_ET.item() == .5
+
+
+def test_shrunk_sets_share_their_voxels(tmp_path, data_root, monkeypatch):
+    pytest.importorskip('SimpleITK')
+    monkeypatch.setenv('MEDXFER_CACHE', str(tmp_path/'cache'))
+    sets = brains.read_sets(smoke('none', '100%', dataset='brats', size=20, total=3, n_online=1), data_root)
+    assert sets.test.box == sets.train.box and sets.test.spacing == sets.train.spacing and sets.test.shape == (20, 20, 20)
+
+
+def test_the_online_set_is_large_enough_and_of_other_patients(tmp_path, data_root):
+    run = smoke('none', '100%', dataset='brats', size=0, total=3, n_online=2)
+    with pytest.raises(ConfigError, match='Validation holds 1 cases, but this scale wants 2'): brains.online_cases(run, data_root)
+    write_brats_folder(tmp_path/brains.FOLDERS['brats'], 4, 24)
+    write_brats_folder(tmp_path/brains.ONLINE, 2, 24, labelled=False)
+    with pytest.raises(ConfigError, match='2 patients are in .*Validation') as e: brains.online_cases(run, tmp_path)
+    assert 'train00' not in str(e.value)
+    left = brains.chosen_cases(run, tmp_path)  # The seeded choice of 3 of 4
+    kept = {i + 1 for i in brains.split_brats(brains.real_cases('brats', tmp_path), 3, brains.SPLIT_SEED)['chosen']}
+    assert (left['cases_there'], left['cases_chosen']) == (4, 3) and {1, 2, 3, 4} - kept == {int(left['cases_left_out'])}
+    assert brains.chosen_cases(smoke('none'), None) == {}
 
 
 def test_what_is_missing_is_said(tmp_path, data_root):

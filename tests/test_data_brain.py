@@ -135,6 +135,13 @@ def test_read_brats(tmp_path):
     assert len({c.fingerprint() for c in cases}) == 2 and read_brats(tmp_path)[0].fingerprint() == cases[0].fingerprint()
     assert len(read_brats(tmp_path/'HGG')) == 1
 
+@pytest.mark.parametrize('name, patient', [
+    ('Brats17_TCIA_101_1', 'Brats17_TCIA_101'), ('Brats18_2013_2_1', 'Brats18_2013_2'), ('BraTS19_CBICA_AAB_12', 'BraTS19_CBICA_AAB'), ('Virtual_train001_1', 'Virtual_train001'),
+    *((n, n) for n in ('BraTS20_Training_001', 'BraTS20_Validation_001', 'BraTS2021_00000', 'BraTS-GLI-00005-100', 'Brats18_2013_2', 'subject_7'))])
+def test_who_a_scan_belongs_to(tmp_path, name, patient):
+    case, = read_brats(brats(tmp_path, (name,)))
+    assert (case.subject, case.patient) == (name, patient)
+
 def test_read_brats_other_axes(tmp_path):
     x = image()
     for part in ('t1', 't1ce', 't2', 'flair'):
@@ -533,6 +540,9 @@ def test_read_scores(tmp_path):
     assert s['Dice_ET'].tolist() == [.3, .1, .2] and s.index.tolist() == [1, 2, 3] and 'Label' not in s and np.isnan(s['Hausdorff95_ET'][1]) and len(s.columns) == 5
     assert read_scores(path, c)['Dice_WT'].tolist() == [.7, .8, .9] and 'Brats18' not in read_scores(path, c).to_string()
     refuses(lambda: read_scores(path, cases(5)), 'no scores of case 3, case 4')
+    for bad in ('30', '-.1', 'nan', ''):
+        path.write_text('\n'.join([head, rows[0].replace('.3', bad), *rows[1:]])); refuses(lambda: read_scores(path, c), 's.csv', 'Dice_ET of 1 subjects', 'not percent')
+        assert len(read_scores(path, c[:2])) == 2 # of what was asked for
     path.write_text('\n'.join([head, rows[0], rows[0]])); refuses(lambda: read_scores(path), '1 subjects are in it twice')
     path.write_text('\n'.join([head, 'a,b,c,d,e,f'])); refuses(lambda: read_scores(path), 's.csv')
     path.write_text('a,b\n1,2'); refuses(lambda: read_scores(path), 'no column Label', 'leaderboard'); refuses(lambda: read_scores(tmp_path/'no.csv'), 'cannot read')

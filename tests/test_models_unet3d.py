@@ -332,3 +332,24 @@ def test_kernel_gradients_of_thin_inputs_survive_bf16(shape):
         with torch.autocast('cpu', torch.bfloat16): y = block(x)
         found = torch.autograd.grad((y.float()*up).sum(), block.conv.weight)[0]
         assert (found - exact).norm() < .05*exact.norm()
+
+
+def test_xavier_leaves_other_layers_alone():
+    net = nn.Sequential(nn.Linear(4, 4), nn.PReLU(init=0.3), nn.LayerNorm((4, 4)))
+    net.gain = nn.Parameter(torch.tensor([2.]))
+    nn.init.normal_(net[2].weight)
+    u3.xavier_(net, 0)
+    assert net[1].weight.item() == pytest.approx(0.3) and net.gain.item() == 2 and (net[2].weight == 1).all() and not net[0].bias.any()
+
+
+def test_a_fisher_information_is_averaged_and_not_scaled():
+    class Information: # as `transfer.fisher.Fisher` holds it
+        def __init__(self, values): self.values = values
+    source, target = small(in_channels=2), small(in_channels=4)
+    values = {k: torch.rand_like(p) for k, p in u3.shared_parameters(source).items()}
+    first = 'encoder.0.conv_in.conv.weight'
+    for given, flags in ((values, dict(fisher=True)), (Information(values), {})):
+        found = u3.transferable(target, given, first_conv='adapt', **flags)[0]
+        torch.testing.assert_close(found[first], values[first].mean(1, keepdim=True).expand(-1, 4, -1, -1, -1))
+    torch.testing.assert_close(u3.transferable(target, values, first_conv='adapt')[0][first], found[first] / 2)
+    assert all(torch.equal(found[k], v) for k, v in values.items() if k != first)

@@ -391,3 +391,54 @@ def test_own_likelihood_that_draws():
     rule = Likelihood('halved', lambda z, y: bernoulli(z, y) / 2, draw_masks)
     layer = nn.Linear(3, 2)
     close({name: 4 * v for name, v in fisher(layer, [X], rule, labels='model').values.items()}, fisher(layer, [X], 'sigmoid', labels='model').values)
+
+
+# half precision, layers whose cases are elsewhere, and a lack of memory
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+def test_squares_of_half_precision_are_added_in_float32(dtype):
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(4, 3), 1e-3 * torch.randn(500, 4), torch.randint(3, (500,))
+    expected = fisher(layer, [(x, y)], 'softmax', backend='loop').values
+    for backend in BACKENDS:
+        found = fisher(copy.deepcopy(layer).to(dtype), [(x.to(dtype), y)], 'softmax', backend=backend).values
+        for name, e in expected.items(): assert (found[name] - e).norm() < 0.02 * e.norm(), (backend, name)
+
+
+class CasesSecond(nn.Module):
+    "A layer that sees the cases along its second axis."
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+    def forward(self, x): return self.a(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_hooks_are_compared_with_the_loop():
+    torch.manual_seed(0)
+    model, x, y = CasesSecond(), torch.randn(2, 2, 3), torch.rand(2, 2, 3).round() # as many positions as cases: nothing to see in the shapes
+    with pytest.raises(FisherError, match='disagrees with the loop on the first cases, in a:'): fisher(model, [(x, y)], 'sigmoid', backend='hooks')
+    assert fisher(model, [(x, y)], 'sigmoid').backend != 'hooks'
+
+
+def test_auto_goes_on_after_any_error(monkeypatch):
+    layer, x, y = nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3, (16,))
+    def failing(error, at):
+        def squares(model, params, inputs, targets, log_p):
+            if len(targets) > at: raise error
+            return BACKENDS['loop'](model, params, inputs, targets, log_p)
+        return squares
+    monkeypatch.setitem(BACKENDS, 'hooks', failing(torch.OutOfMemoryError('CUDA out of memory'), 2)) # in the timed run
+    monkeypatch.setitem(BACKENDS, 'vmap', failing(KeyError('a network of its own kind'), 0))
+    assert fisher(layer, [(x, y)], 'softmax').backend == 'loop'
+    with pytest.raises(FisherError, match="smaller batches, or backend='loop'"): fisher(layer, [(x, y)], 'softmax', backend='hooks')
+
+
+def test_only_classes_need_the_number_of_logits():
+    calls = []
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    def count(likelihood, y):
+        calls.clear()
+        fisher(layer, [(x, y)], likelihood, backend='loop')
+        return len(calls)
+    assert [count('sigmoid', torch.rand(5, 3).round()), count('softmax', torch.tensor([0, 1, 2, 0, 1]))] == [5, 6]

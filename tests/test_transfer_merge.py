@@ -2,6 +2,7 @@
 import copy, math
 
 import numpy as np
+import pandas as pd
 import pytest, torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -9,9 +10,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import medxfer_nb.transfer.merge as merge_module
+from medxfer_nb.models.unet3d import shared_parameters
+from medxfer_nb.transfer.fisher import chosen_parameters
 from medxfer_nb.transfer.merge import (GRANULARITIES, MergeError, all_layers, check_ancestry, check_ratios, conv_layers, fisher_shares, kernel_cosines,
                                        layers_but_norms, layers_of, load_merged, mean_imm, mergeable, mix, mode_imm, partition, soup, spread, task_arithmetic, units)
-from medxfer_nb.transfer.merge_report import barrier, distances, lent, merge_report, norm_misfit, path_loss, plot_ratios, ratio_table, signal, weights_kept
+from medxfer_nb.transfer.merge_report import _warn, barrier, distances, lent, merge_report, norm_misfit, path_loss, plot_ratios, ratio_table, signal, weights_kept
 
 
 class Net(nn.Module):
@@ -401,6 +404,78 @@ def test_norms():
         net.body[1].running_var.copy_(first.var((0, 2, 3), correction=0) / 9)
     assert norm_misfit(net, params(net), x)['body.1'] == pytest.approx(3, rel=1e-4)
     assert distances({'a': params(net), 'b': params(net)}, list(params(net))).to_numpy().max() == 0
+
+
+# Half precision, parametrised, tied and transposed layers
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize('scale', ('printed', 'tensor'))
+def test_fisher_information_of_half_precision(dtype, scale):
+    torch.manual_seed(0)
+    fs = [{'w': (torch.rand(300, 300)**30).to(dtype)} for _ in range(2)]
+    fs[0]['w'][0], fs[0]['w'][1] = 1e-7, 6e4 # below and near the ends of float16
+    wide, sources = [{'w': f['w'].float()} for f in fs], [{'w': torch.full((300, 300), v)} for v in (1., 2.)]
+    assert_same(mode_imm(sources, fs, scale=scale), mode_imm(sources, wide, scale=scale))
+    assert_same(fisher_shares(fs, scale), fisher_shares(wide, scale))
+
+
+def test_task_arithmetic_of_half_precision():
+    start, sources = {'w': torch.zeros(4).half()}, [{'w': torch.full((4,), 6e4).half()}] * 2 # their sum is out of range, a quarter of it is not
+    merged = task_arithmetic(start, sources, scale=0.25)['w']
+    assert merged.dtype == torch.float16 and torch.equal(merged, torch.full((4,), 3e4).half())
+
+
+def test_a_merge_out_of_range_is_refused():
+    zero, big = {'w': torch.zeros(2).half(), 'v': torch.zeros(1).half()}, {'w': torch.full((2,), 6e4).half(), 'v': torch.ones(1).half()}
+    with pytest.raises(MergeError, match=r'in w: .*float16.*wider precision') as e: task_arithmetic(zero, [big, big])
+    assert e.value.problems == {'overflow': ['w']}
+
+
+def test_parameters_under_a_parametrisation_belong_to_the_layer():
+    net = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.Linear(4, 4))
+    held = ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
+    assert partition(net, conv_layers)[0] == held and layers_of(net, conv_layers) == {'0': held}
+    assert list(chosen_parameters(net, conv_layers)) == list(shared_parameters(net)) == held
+    for granularity in GRANULARITIES: assert units(net, granularity) == units(params(net), granularity)
+    assert set(units(net).values()) == {'0', '1'}
+    alone = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)) # the network itself is the layer
+    assert set(units(params(alone)).values()) == {''} and list(layers_of(alone)) == ['']
+
+
+def test_a_tied_tensor_is_shared_if_one_of_its_layers_is():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    for path, P in {'0': ['0.weight', '0.bias'], '2': ['0.weight', '2.bias']}.items():
+        def only(name, module): return name == path
+        assert set(partition(net, only)[0]) == set(chosen_parameters(net, only)) == set(shared_parameters(net, only)) == set(P)
+        assert set(layers_of(net, only)) == {path}
+
+
+@pytest.mark.parametrize('layer', (nn.ConvTranspose2d(4, 4, 2), nn.ConvTranspose2d(4, 4, 2, groups=2), nn.ConvTranspose3d(4, 3, 2)))
+def test_channels_of_transposed_convolutions_are_not_tied(layer):
+    net = nn.Sequential(layer, nn.Conv2d(4, 4, 3))
+    for found in (units(net, 'channel'), units(params(net), 'channel', net=net)):
+        assert found == {'0.weight': '0.weight', '0.bias': '0.bias', '1.weight': '1', '1.bias': '1'}
+
+
+def test_without_looking_for_gaps_the_merge_is_the_same(monkeypatch):
+    "On a GPU no one asks whether a share is zero."
+    sources, fishers = family(3), rand_fishers(3)
+    theta, share = torch.randn(3, 40), fisher_shares([{'w': torch.rand(40) * (torch.rand(40) > 0.5)} for _ in range(3)])['w']
+    def results():
+        alpha = torch.tensor([0.6, 0.4, 0.], requires_grad=True)
+        return mode_imm(sources, fishers, [0.6, 0.4, 0.]), {'gradient': torch.autograd.grad(mix(theta, share, alpha).square().sum(), alpha)[0]}
+    seen = results()
+    monkeypatch.setattr(merge_module, '_gaps', lambda total: True)
+    for a, b in zip(results(), seen): assert_same(a, b)
+    assert mix(theta, share, torch.tensor([math.nan, 0.5, 0.5])).isnan().all() # ratios that have diverged are not hidden
+
+
+def test_a_loss_that_is_not_finite_is_a_barrier():
+    for losses in ([math.inf] * 3, [math.nan, 1., 2.], [1., 2., math.nan], [math.inf, 1., 1.], [1., -math.inf, 1.]):
+        path = pd.DataFrame(dict(position=[0., 0.5, 1.], loss=losses))
+        warning, = _warn(pd.DataFrame(), {'a to b': path}, {})
+        assert barrier(path) == math.inf and 'NaN or infinite at' in warning
 
 
 # The known order on three tasks in a row

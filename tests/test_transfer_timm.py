@@ -373,3 +373,86 @@ def test_phases_and_their_steps():
 def test_fine_tuning_begins_where_adaption_ended():
     result, net = timm(lr=0.)
     assert same(result.adapted, {k: v for k, v in state(net).items() if k in result.adapted})
+
+
+# What belongs to a checkpoint, and what is refused before hours of adaption
+
+def test_fine_tuning_belongs_to_its_adaption(tmp_path):
+    timm(tmp_path/'file')
+    (tmp_path/'file.adaption').unlink()
+    with pytest.raises(ValueError, match=r'file\.fine_tuning belongs to another stage'): timm(tmp_path/'file', ratio_lr=0.5)
+
+
+def test_identity_is_that_of_the_inputs():
+    sources, fishers = kin(convnet())
+    def name(sources=sources, fishers=fishers, net=None, **options):
+        return tm._identity(tm.AdaptiveMerge(net or convnet(3), sources, fishers, conv_layers, **options), sources, fishers)
+    last = [{k: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for k, v in s.items()} for s in sources]
+    backwards = [dict(reversed(s.items())) for s in sources]
+    assert name() == name(last) == name(backwards) == name(net=convnet(4).to(memory_format=torch.channels_last))
+    others = [name(sources[::-1]), name(fishers=fishers[::-1]), name(fishers=None), name(scale='tensor'), name(granularity='tensor'), name(granularity='channel')]
+    assert len({name(), *others}) == 7
+    threads = torch.get_num_threads()
+    wide = nn.Linear(600, 600)
+    S, Fs = kin(wide)
+    try:
+        found = set()
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.add(tm._identity(tm.AdaptiveMerge(wide, S, Fs, scale='tensor'), S, Fs))
+    finally: torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize('options, message', [(dict(steps=5 * EVERY + 1), 'positive multiple'), (dict(adapt_steps=EVERY + 1), 'positive multiple'), (dict(patience=0), 'patience is'),
+                                              (dict(adapt_patience=0), 'patience is'), (dict(halve_after=0), 'halve_after is'), (dict(matched=True), 'leave none')])
+def test_both_phases_are_checked_before_the_first_begins(options, message):
+    class Never(Callback):
+        def before_batch(self): raise AssertionError('trained')
+    net = convnet(3)
+    with pytest.raises(ValueError, match=message): timm(None, Never(), net=net, **options)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_an_adaption_that_breaks_off_restores_the_flags():
+    net = convnet(3)
+    net[0].weight.requires_grad_(False)
+    net[9].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(KeyboardInterrupt): timm(None, Stop(1, True), net=net)
+    assert [p.requires_grad for p in net.parameters()] == flags
+    timm(net=net)
+    assert net[0].weight.requires_grad and not net[9].bias.requires_grad # P trains after the hand-over, S as before
+
+
+class Scaled(nn.Module):
+    "A convolution with a scalar gain."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(1, 3, 3), nn.Parameter(torch.tensor(2.))
+    def forward(self, x): return self.gain * self.conv(x)
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+def test_parameters_without_an_axis(granularity):
+    sources, fishers = kin(Scaled())
+    merge = tm.AdaptiveMerge(Scaled(), sources, fishers, granularity=granularity)
+    nn.init.normal_(merge.delta)
+    ratios = {unit: a.detach() for unit, a in merge.ratios().items()}
+    assert ratios[merge.unit_of['gain']].shape == (2,)
+    expected = mode_imm(sources, fishers, ratios, granularity)
+    for name, tensor in merge.merged().items(): torch.testing.assert_close(tensor, expected[name])
+    merge(torch.rand(2, 1, 4, 4)).sum().backward()
+    assert merge.delta.grad.isfinite().all()
+
+
+def test_channels_of_a_transposed_convolution_have_ratios_of_their_own():
+    net = nn.Sequential(nn.ConvTranspose2d(4, 4, 2))
+    sources, fishers = kin(net)
+    merge = tm.AdaptiveMerge(net, sources, fishers, granularity='channel')
+    nn.init.normal_(merge.delta)
+    ratios = {unit: a.detach() for unit, a in merge.ratios().items()}
+    assert {unit: tuple(a.shape) for unit, a in ratios.items()} == {'0.weight': (2, 4), '0.bias': (2, 4)}
+    for given in (sources, [load_merged(copy.deepcopy(net), s) for s in sources]): # by name and as networks
+        expected = mode_imm(given, fishers, ratios, 'channel')
+        for name, tensor in merge.merged().items(): torch.testing.assert_close(tensor, expected[name])

@@ -346,10 +346,18 @@ def _brain_case(
     files = (*images, *(() if labels is None else (labels,)))
     return BrainCase(name, patient, partial(load_brain, images, labels, convert, order), files, key, modalities, subject, n4)
 
-# %% ../../nbs/api/data/08_brain.ipynb #0b242f52
+# %% ../../nbs/api/data/08_brain.ipynb #2aa109e7
 TUMOUR_MODALITIES = ('T1', 'T1c', 'T2', 'FLAIR')
 _BRATS = dict(zip(TUMOUR_MODALITIES, ('t1', 't1ce', 't2', 'flair'))) # modality -> end of the file name
 _brats_labels = partial(merge_labels, mapping={1: 1, 2: 2, 4: 4})
+_NUMBERED = re.compile(r'((?:brats1[789]_[^_]+|virtual)_[^_]+)_\d+', re.IGNORECASE) # Names that end in the number of a scan
+
+def _patient(
+    name:str # Of a subject's folder
+) -> str: # For grouping
+    "Whose scan it is"
+    numbered = _NUMBERED.fullmatch(name)
+    return numbered[1] if numbered else name
 
 def _brats_folders(
     root:Path
@@ -375,18 +383,18 @@ def _complete(
 def read_brats(
     root:Path # Unpacked archive
 ) -> list: # `BrainCase`, sorted by name
-    "BraTS 2018 and challenges of the same layout, with labels 1, 2, 4, or a validation set without labels"
+    "BraTS 2018 and challenges of the same layout, with labels 1, 2, 4, or a validation set without labels; grouped by the patient in the name"
     found = _brats_folders(root)
     if not found: raise BrainError(f'{root}: no BraTS subjects, i.e. folders NAME with NAME_t1.nii.gz, NAME_t1ce.nii.gz, NAME_t2.nii.gz, NAME_flair.nii.gz')
     labelled = any('seg' in files for files in found.values())
     _complete(found, (*_BRATS.values(), *(('seg',) if labelled else ())), 'BraTS')
     names = [folder.name for folder in found]
     if twice := {n for n in names if names.count(n) > 1}: raise BrainError(f"{root}: {', '.join(sorted(twice))} in several folders: leave one of them")
-    return [_brain_case(f'BraTS {i:03d}', folder.name.rpartition('_')[0] or folder.name, TUMOUR_MODALITIES, folder.name,
+    return [_brain_case(f'BraTS {i:03d}', _patient(folder.name), TUMOUR_MODALITIES, folder.name,
                         tuple(files[k] for k in _BRATS.values()), files.get('seg'), _brats_labels, kind='brats', n4=True)
             for i, (folder, files) in enumerate(sorted(found.items(), key=lambda kv: kv[0].name), 1)]
 
-# %% ../../nbs/api/data/08_brain.ipynb #4eed79a8
+# %% ../../nbs/api/data/08_brain.ipynb #d74dc0f3
 _CONTRASTS = {'t1w': 'T1', 't1gd': 'T1c', 't2w': 'T2', 'flair': 'FLAIR'} # Name in dataset.json -> modality
 _TISSUES = {'background': 0, 'edema': 2, 'non-enhancing tumor': 1, 'enhancing tumor': 4} # -> BraTS label
 
@@ -407,7 +415,7 @@ def _task01(
 def read_brain_decathlon(
     root:Path # Task01_BrainTumour, or the folder it lies in
 ) -> list: # `BrainCase` of the training set
-    "Brain tumours of the Medical Segmentation Decathlon, http://medicaldecathlon.com, with the labels of BraTS"
+    "Brain tumours of the Medical Segmentation Decathlon, http://medicaldecathlon.com, with the labels of BraTS; each scan counts as a patient, for no ids say otherwise"
     folder = Path(root)/'Task01_BrainTumour' if (Path(root)/'Task01_BrainTumour').is_dir() else Path(root)
     order, labels, files = _task01(folder)
     if outside := [p for pair in files for p in pair if not p.resolve().is_relative_to(folder.resolve())]:

@@ -250,8 +250,9 @@ def write_submission(
     masks = resize_volume(outputs, tuple(b - a for a, b in box)) >= .5
     return save_nifti(regions_to_labels(uncrop(masks, box, grid.size)), grid, path)
 
-# %% ../../nbs/api/data/08b_brain_prep.ipynb #bb42ff93
+# %% ../../nbs/api/data/08b_brain_prep.ipynb #431c6dc8
 _SUMMARY = {'mean', 'stddev', 'median', '25quantile', '75quantile'}
+_DICE = ('Dice_ET', 'Dice_WT', 'Dice_TC')
 
 def read_scores(
     path:Path, # .csv of the leaderboard
@@ -260,7 +261,7 @@ def read_scores(
     "Scores of each subject"
     try: table = pd.read_csv(path, skipinitialspace=True)
     except (OSError, ValueError) as e: raise BrainError(f'{path}: cannot read as a table: {e}') from e
-    if missing := [c for c in ('Label', 'Dice_ET', 'Dice_WT', 'Dice_TC') if c not in table]:
+    if missing := [c for c in ('Label', *_DICE) if c not in table]:
         raise BrainError(f"{path}: no column {', '.join(missing)}: is it the score table of the BraTS leaderboard?")
     table = table[~table['Label'].astype(str).str.strip().str.lower().isin(_SUMMARY)]
     names = table['Label'].astype(str).str.strip().str.replace(r'\.nii(\.gz)?$', '', regex=True)
@@ -270,4 +271,6 @@ def read_scores(
     if cases is not None:
         if absent := [c.name for c in cases if c.subject not in scores.index]: raise BrainError(f"{path}: no scores of {', '.join(absent)}: submit them, too")
         scores = scores.loc[[c.subject for c in cases]]
+    for c in _DICE:
+        if wrong := (~scores[c].between(0, 1)).sum(): raise BrainError(f'{path}: {c} of {wrong} subjects is missing or not between 0 and 1: submit their volumes again, and give fractions, not percent')
     return scores.set_axis(range(1, len(scores) + 1)).rename_axis('subject')

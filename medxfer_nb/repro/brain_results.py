@@ -6,9 +6,10 @@
 __all__ = ['TITLES', 'METHODS', 'KNOWN', 'MEMORY_STATEMENTS', 'gather', 'START_COLOURS', 'CLASS_COLOURS', 'printed',
            'submission_folder', 'from_leaderboard', 'patients_frame', 'curves_frame', 'Statement',
            'transfer_statements', 'effect', 'find', 'findings_table', 'memory_frame', 'first_protocol', 'one_portion',
-           'Gathered', 'transfer_table', 'stages_table', 'memory_table', 'gains_frame', 'plot_gains', 'ratios_frame',
-           'plot_layer_ratios', 'parcellation', 'forgetting_slices', 'plot_forgetting', 'value_claims', 'source_table',
-           'regions_table', 'submit', 'disputed']
+           'Gathered', 'transfer_table', 'stages_table', 'training_table', 'choice_table', 'memory_table',
+           'gains_frame', 'plot_gains', 'ratios_frame', 'ratios_table', 'plot_layer_ratios', 'parcellation',
+           'forgetting_slices', 'plot_forgetting', 'value_claims', 'source_table', 'regions_table', 'submit',
+           'disputed']
 
 # %% ../../nbs/api/repro/13_brain_results.ipynb #8016fab6
 import math, os
@@ -55,7 +56,7 @@ def printed(
     try: return target('timm', **where, method=METHODS.get(start, start))
     except LookupError: return None
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #8afe5854
+# %% ../../nbs/api/repro/13_brain_results.ipynb #991ac2af
 def submission_folder(
     config: TimmRun,         # On 100 % of BraTS
     data_root: Path,         # Folder of the publishers' folders
@@ -90,10 +91,11 @@ def patients_frame(
 def curves_frame(
     records: Iterable[Record],   # Runs on the tumour task
 ) -> pd.DataFrame:               # For `evaluate.plots.plot_curves`: strategy, module, seed, iteration and losses
-    "Training and validation curves; those of T-IMM through both stages."
-    return pd.DataFrame([dict(strategy=TITLES[r.config.start], module=r.config.portion, seed=r.config.seed) | h for r in records for h in r.history])
+    "Training and validation curves, for runs of one protocol; those of T-IMM through both stages, of which only fine-tuning keeps its best."
+    def entry(h): return h | dict(valid_metric=math.nan) if h.get('phase') == 'adaption' else h
+    return pd.DataFrame([dict(strategy=TITLES[r.config.start], module=r.config.portion, seed=r.config.seed) | entry(h) for r in records for h in r.history])
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #2c4cadd0
+# %% ../../nbs/api/repro/13_brain_results.ipynb #d1ce210f
 @dataclass(frozen=True)
 class Statement:
     "A published statement: one start minus another."
@@ -124,28 +126,37 @@ def transfer_statements(protocol: str = 'paper') -> list[Statement]:
     found += [Statement('m2', 'm1', '4%'), Statement('m2', 'm1', '8%')] + [Statement('m1', 'none', portion) for portion in PORTIONS]
     return [replace(s, protocol=protocol) for s in [*found, Statement('timm', 'none', '4%', less='8%')]]
 
-MEMORY_STATEMENTS = tuple(Statement(a, b, task=task) for a, b, task in (('imm', 'm2', 'm1'), ('imm', 'm1', 'm2'), ('timm', 'm2', 'm1'), ('timm', 'm1', 'm2'), ('timm', 'imm', 'm1'), ('timm', 'imm', 'm2')))
+MEMORY_STATEMENTS = tuple(Statement(a, b, task=task) for a, b, task in (('m2', 'm1', 'm1'), ('imm', 'm2', 'm1'), ('imm', 'm1', 'm2'), ('timm', 'm2', 'm1'), ('timm', 'm1', 'm2'), ('timm', 'imm', 'm1'), ('timm', 'imm', 'm2')))
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #f6aec002
+# %% ../../nbs/api/repro/13_brain_results.ipynb #c005e191
 def _grid(table, metric='dice', **where) -> pd.DataFrame | None:
     "Seeds x patients of the rows where these columns have these values"
     rows = table[np.logical_and.reduce([table[k] == v for k, v in where.items()])] if len(table) else table
     return rows.pivot(index='seed', columns='patient', values=metric) if len(rows) else None
 
 def _minus(table, a, b, **where) -> pd.DataFrame | None:
-    "Start a minus start b, over the seeds that both have"
-    one, other = (_grid(table, start=s, **where) for s in (a, b))
-    return None if one is None or other is None else (one - other).dropna()
+    "Start a minus start b"
+    return _paired(_grid(table, start=a, **where), _grid(table, start=b, **where), f'{TITLES[a]} minus {TITLES[b]}')
+
+def _paired(one, other, about) -> pd.DataFrame | None:
+    "Difference over the seeds that both have; of all patients, or an error"
+    if one is None or other is None: return None
+    seeds = one.index.intersection(other.index)
+    found = one.loc[seeds] - other.loc[seeds]
+    if found.isna().any(axis=None): raise ValueError(f'{about}: {int(found.isna().sum().sum())} scores of a seed and patient are missing on one side: score both on the same test patients')
+    return found
 
 def effect(
     table: pd.DataFrame,      # Of `patients_frame` or `memory_frame`
     s: Statement,
 ) -> np.ndarray | None:       # (seeds, patients); None: not run
     "What our runs have for a statement."
-    if s.task: found = _minus(table, s.a, s.b, task=s.task)
+    if s.task:
+        found = _minus(table, s.a, s.b, task=s.task)
+        if found is not None and 'timm' not in (s.a, s.b): found = found[:1]  # Their P has no seed: the rows repeat one measurement
     else:
-        parts = [_minus(table, s.a, s.b, portion=p, protocol=s.protocol) for p in (s.portion, s.less) if p]
-        found = None if any(p is None for p in parts) else parts[0] if len(parts) == 1 else (parts[0] - parts[1]).dropna()
+        found = _minus(table, s.a, s.b, portion=s.portion, protocol=s.protocol)
+        if s.less: found = _paired(found, _minus(table, s.a, s.b, portion=s.less, protocol=s.protocol), s.about)
     return None if found is None or not len(found) else found.to_numpy()
 
 def find(
@@ -194,7 +205,7 @@ def one_portion(table: pd.DataFrame) -> pd.DataFrame:
     "Rows of one portion and protocol, for statements that name none: 8 %, or else 4 %, or else 100 %."
     return first_protocol(table[table.portion == next((p for p in ('8%', '4%', '100%') if (table.portion == p).any()), '')])
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #a6c6a3e2
+# %% ../../nbs/api/repro/13_brain_results.ipynb #3873b2fa
 @dataclass(frozen=True)
 class Gathered(Collection):
     "The runs of a table or figure of the T-IMM paper."
@@ -215,10 +226,10 @@ class Gathered(Collection):
 gather = Gathered.gather
 
 def _cell(values: pd.DataFrame | None) -> str:
-    "Mean Dice, and its standard deviation over seeds"
+    "Mean Dice, and its standard deviation over seeds if they differ"
     if values is None: return '–'
     seeds = values.mean(axis=1)
-    return f'{seeds.mean():.3f}' + (f' ± {seeds.std():.3f}' if len(seeds) > 1 else '')
+    return f'{seeds.mean():.3f}' + (f' ± {seeds.std():.3f}' if seeds.max() - seeds.min() > 1e-9 else '')
 
 def transfer_table(
     g: Gathered,
@@ -246,7 +257,7 @@ def _lengths(records, portion, protocol) -> dict[str, str]:
 def stages_table(
     g: Gathered,
 ) -> pd.DataFrame:   # Index: portion, whose
-    "Table 3: length of the two stages of T-IMM, and the validation scores that they reach."
+    "Table 3: length of the two stages of T-IMM, and the val-score at the end of the adaption and at the best validation of fine-tuning."
     def published(p, s): return [str(target('timm', item='stages', portion=p, method=s, metric=m)) for m in ('epochs', 'val_dice')]
     rows = {}
     for p in PORTIONS:
@@ -256,6 +267,27 @@ def stages_table(
             rows |= {(p, f'{tier.name}, {protocol}'): _lengths(tier.records, p, protocol) for protocol in protocols}
     columns = [f'{name}: {k}' for name in _STAGES.values() for k in ('epochs', 'steps', 'val-score', 'converged')]
     return pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns).rename_axis(['portion', 'stages']).fillna('–')
+
+def training_table(
+    g: Gathered,
+) -> pd.DataFrame:   # Index: whose, start; one column per portion, and the layers of P that the target could not take over
+    "How many runs converged before their budget ended, and their mean steps, adaption included."
+    def cell(runs): return f"{sum(m['fine_tuning_stopped'] == 'converged' for m in runs)} of {len(runs)}, {np.mean([m['fine_tuning_steps'] + m.get('adaption_steps', 0) for m in runs]):.0f} steps"
+    rows = {}
+    for tier in g.tiers:
+        for protocol, s in dict.fromkeys((r.config.protocol, r.config.start) for r in tier.records):
+            runs = {p: [r.metrics for r in tier.records if (r.config.protocol, r.config.start, r.config.portion) == (protocol, s, p)] for p in PORTIONS}
+            left_out = sorted({m['left_out'] for same in runs.values() for m in same if 'left_out' in m})
+            rows[f'{tier.name}, {protocol}', TITLES[s]] = {p: cell(same) if same else '–' for p, same in runs.items()} | {'not transferred': '; '.join(left_out) or '–'}
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['converged', 'start'])
+
+def choice_table(
+    g: Gathered,
+) -> pd.DataFrame:   # Empty on virtual patients
+    "Which of the publisher's cases were used; the others by their running number."
+    keys = ('cases_there', 'cases_chosen', 'choice_seed', 'cases_left_out')
+    choices = list(dict.fromkeys((r.config.dataset, *(r.metrics[k] for k in keys)) for r in g.records if 'cases_there' in r.metrics))
+    return pd.DataFrame(choices, columns=['data set', *(k.replace('_', ' ') for k in keys)])
 
 def memory_table(
     g: Gathered,
@@ -269,16 +301,18 @@ def memory_table(
                 rows[TITLES[s], tier.name + f', {p}'*(s == 'timm')] = {KNOWN[t]: _cell(_grid(table, start=s, task=t, portion=p)) for t in KNOWN}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['P', 'mean Dice']).sort_index(level=0, key=lambda s: s.map(list(TITLES.values()).index), sort_remaining=False)
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #9dca8af5
+# %% ../../nbs/api/repro/13_brain_results.ipynb #4fd3cd74
 def gains_frame(
     table: pd.DataFrame,   # Of `patients_frame`
 ) -> pd.DataFrame:         # portion, rank (0: the patient that T-IMM finds hardest), start, gain, timm
-    "T-IMM minus each other start per patient."
-    means = first_protocol(table).groupby(['portion', 'patient', 'start'], sort=False).dice.mean().unstack()
-    rows = []
-    for portion in [p for p in PORTIONS if p in means.index and 'timm' in means]:
-        own = means.loc[portion].dropna(axis=1, how='all').sort_values('timm', kind='stable').reset_index(drop=True)
-        rows += [pd.DataFrame(dict(portion=portion, rank=own.index, start=s, gain=own.timm - own[s], timm=own.timm)) for s in STARTS if s != 'timm' and s in own]
+    "T-IMM minus each other start per patient, over the seeds that both have."
+    table, rows = first_protocol(table), []
+    for portion in PORTIONS:
+        own = _grid(table, start='timm', portion=portion)
+        if own is None: continue
+        timm = own.mean().sort_values(kind='stable')
+        gains = {s: _minus(table, 'timm', s, portion=portion) for s in STARTS if s != 'timm'}
+        rows += [pd.DataFrame(dict(portion=portion, rank=range(len(timm)), start=s, gain=d.mean()[timm.index].to_numpy(), timm=timm.to_numpy())) for s, d in gains.items() if d is not None and len(d)]
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=['portion', 'rank', 'start', 'gain', 'timm'])
 
 START_COLOURS = {'none': '#7F7F7F', 'm1': '#0072B2', 'm2': '#E69F00', 'imm': '#009E73', 'timm': '#D55E00'}
@@ -302,7 +336,7 @@ def plot_gains(
     fig.legend(handles=key, loc='outside upper center', ncols=len(key) + 1, title='T-IMM minus; the dashed line is the mean')
     return fig
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #b9b62898
+# %% ../../nbs/api/repro/13_brain_results.ipynb #81083f18
 def ratios_frame(
     records: Iterable[Record],   # Runs; those of T-IMM count
 ) -> pd.DataFrame:               # portion, protocol, seed, layer (number), unit, source, ratio
@@ -320,6 +354,17 @@ def _depth(unit: str) -> tuple:
     side, _, rest = unit.partition('.')
     level, _, place = rest.partition('.')
     return side != 'encoder', (int(level) if side == 'encoder' else -int(level)) if level.isdigit() else 0, not place.startswith(('conv_in', 'up')), place
+
+def ratios_table(
+    ratios: pd.DataFrame,   # Of `ratios_frame`
+) -> pd.DataFrame:          # Index: portion
+    "Range of M2's ratio over layers and seeds, and the mean correlation of its profile over layers between seeds; NaN with one seed."
+    rows = {}
+    for portion, mine in first_protocol(ratios[ratios.source == 'm2']).groupby('portion', sort=False):
+        r = mine.pivot(index='layer', columns='seed', values='ratio').corr().to_numpy()
+        pairs = r[np.triu_indices(len(r), 1)]
+        rows[portion] = dict(smallest=mine.ratio.min(), median=mine.ratio.median(), largest=mine.ratio.max(), seeds=len(r), correlation=pairs.mean() if len(pairs) else math.nan)
+    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('portion').round(3)
 
 @paper_style()
 def plot_layer_ratios(
@@ -340,7 +385,7 @@ def plot_layer_ratios(
     axes[-1, 0].set_xticks(range(len(units)), [u.removesuffix('.conv').replace('encoder', 'enc').replace('decoder', 'dec').replace('.context', '').replace('localise', 'loc') for u in units], rotation=90, fontsize='xx-small')
     return fig
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #ae158680
+# %% ../../nbs/api/repro/13_brain_results.ipynb #b350de27
 def _sources(g: Gathered, store: str) -> list[Record]:
     "M1 and M2 of the runs"
     wanted = [p for p in dict.fromkeys(p for r in g.records for p in parents(r.config)) if p.start in KNOWN]
@@ -386,12 +431,12 @@ def plot_forgetting(
     "Labels of task 1 in blue, of task 2 in warm colours, over the brain (Fig. 3)."
     fig, axes = plt.subplots(1, len(labels), figsize=(PAGE, 2.6), squeeze=False)
     for ax, (title, found) in zip(axes[0], labels.items()):
-        ax.imshow(image, cmap='gray', origin='lower')
-        ax.imshow(np.ma.masked_equal(found, 0), cmap=ListedColormap(CLASS_COLOURS), vmin=.5, vmax=14.5, interpolation='nearest', alpha=.8, origin='lower')
+        ax.imshow(image, cmap='gray')  # Rows run from anterior to posterior
+        ax.imshow(np.ma.masked_equal(found, 0), cmap=ListedColormap(CLASS_COLOURS), vmin=.5, vmax=14.5, interpolation='nearest', alpha=.8)
         ax.set_title(title)
         ax.axis('off')
     seen = sorted({int(n) for found in labels.values() for n in np.unique(found) if n})
-    fig.legend(handles=[Patch(color=CLASS_COLOURS[n - 1], label=f'{n} {CLASSES14[n]}') for n in seen], loc='outside lower center', ncols=4, fontsize='x-small')
+    fig.legend(handles=[Patch(color=CLASS_COLOURS[n - 1], label=f'{n} {CLASSES14[n]}') for n in seen], loc='outside upper center', ncols=4, fontsize='x-small')  # Below stands the footnote
     return fig
 
 # %% ../../nbs/api/repro/13_brain_results.ipynb #9360c860

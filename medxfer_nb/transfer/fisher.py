@@ -6,12 +6,13 @@
 __all__ = ['IGNORED', 'LIKELIHOODS', 'Names', 'DETACHED', 'HELD', 'CONVS', 'LAYERS', 'BACKENDS', 'LABELS', 'FORMAT',
            'FisherError', 'softmax_log_p', 'sigmoid_log_p', 'soft_dice_log_p', 'draw_classes', 'draw_masks', 'uniform',
            'check_classes', 'check_masks', 'Likelihood', 'get_likelihood', 'chosen_parameters', 'at_rest', 'logits_of',
-           'loop_squares', 'vmap_squares', 'linear_squares', 'few_positions', 'bf16_kernels', 'by_product', 'by_groups',
-           'by_case', 'conv_squares', 'norm_squares', 'layer_norm_squares', 'layer_rule', 'hooked_layers', 'Tap',
-           'added_log_p', 'hook_squares', 'agree', 'probe_backends', 'split_batch', 'cases_in_batches', 'Fisher',
-           'draw_targets', 'n_logits', 'fisher', 'save_fisher', 'load_fisher']
+           'wide_zeros', 'loop_squares', 'out_of_memory', 'vmap_squares', 'linear_squares', 'few_positions',
+           'bf16_kernels', 'by_product', 'by_groups', 'by_case', 'conv_squares', 'norm_squares', 'layer_norm_squares',
+           'layer_rule', 'hooked_layers', 'Tap', 'added_log_p', 'hook_squares', 'disagreements', 'agree',
+           'probe_backends', 'check_hooks', 'split_batch', 'cases_in_batches', 'Fisher', 'draw_targets', 'n_logits',
+           'fisher', 'save_fisher', 'load_fisher']
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #19dd3dcd
+# %% ../../nbs/api/transfer/04_fisher.ipynb #0f43550b
 import json, math, os, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from ..models.colorize import evaluating
-from ..models.unet3d import soft_dice
+from ..models.unet3d import owners, soft_dice
 from .l2sp import Rule, select
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #9a42281b
@@ -91,7 +92,7 @@ def uniform(
     "Random numbers of their own for each case."
     return torch.from_numpy(np.stack([np.random.default_rng([seed, case]).random(shape, np.float32) for case in cases]))
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #298fa32c
+# %% ../../nbs/api/transfer/04_fisher.ipynb #c8329d94
 def check_classes(
     targets: Tensor, # (B, ...)
     n_classes: int, # Number of logits
@@ -123,9 +124,10 @@ class Likelihood:
     log_p: Callable[[Tensor, Tensor], Tensor] # Logits and target of one case -> scalar
     sample: Callable[[Tensor, Tensor], Tensor] | None = None # Logits and uniform numbers of a batch -> targets
     check: Callable[[Tensor, int], Tensor] = lambda targets, width: targets # Targets of a batch, number of logits -> targets, or an error
+    counts: bool = False # Does `check` look at the number of logits? It takes a forward pass of one case
 
 LIKELIHOODS = {rule.name: rule for rule in (
-    Likelihood('softmax', softmax_log_p, draw_classes, check_classes),
+    Likelihood('softmax', softmax_log_p, draw_classes, check_classes, counts=True),
     Likelihood('sigmoid', sigmoid_log_p, draw_masks, lambda targets, width: check_masks(targets, masked=True)),
     Likelihood('soft_dice', soft_dice_log_p, draw_masks, lambda targets, width: check_masks(targets)))}
 
@@ -138,7 +140,7 @@ def get_likelihood(
     if likelihood not in LIKELIHOODS: raise FisherError(f'likelihood is one of {", ".join(LIKELIHOODS)}, or a function of the logits and the target of one case, not {likelihood!r}')
     return LIKELIHOODS[likelihood]
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #25c1a396
+# %% ../../nbs/api/transfer/04_fisher.ipynb #f3c60946
 Names = Callable[[str, nn.Module], bool] | Rule | Sequence[Rule] | None
 
 def chosen_parameters(
@@ -149,7 +151,7 @@ def chosen_parameters(
     params = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if names is None: chosen = list(params)
     elif callable(names):
-        held = {id(p) for layer, module in model.named_modules() if names(layer, module) for p in module.parameters(recurse=False)}
+        held = {id(p) for path, module, own in owners(model) if names(path, module) for p in own}
         chosen = [name for name, p in params.items() if id(p) in held]
     else:
         rules = list(names) if isinstance(names, (list, tuple, set, dict)) else [names]
@@ -179,7 +181,7 @@ def at_rest(
             if not torch.equal(b, was): b.copy_(was)
             module._buffers[name] = b
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #422afcf1
+# %% ../../nbs/api/transfer/04_fisher.ipynb #156fcb66
 DETACHED = 'the likelihood does not depend on the selected parameters: does the network detach its output?'
 
 def logits_of(
@@ -193,6 +195,9 @@ def logits_of(
         raise FisherError(f'for {len(inputs[0])} cases the network gives {what}: wrap it so that it gives one tensor of logits (cases, ...)')
     return out.as_subclass(Tensor) if out.dtype == torch.float64 else out.as_subclass(Tensor).float()
 
+def wide_zeros(p: Tensor) -> Tensor: # In float32 or better: squares of half-precision gradients leave their range
+    return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+
 def loop_squares(
     model: nn.Module, # At rest
     params: Mapping[str, nn.Parameter], # Name -> parameter
@@ -201,19 +206,22 @@ def loop_squares(
     log_p: Callable[[Tensor, Tensor], Tensor], # Logits and target of one case -> scalar
 ) -> dict[str, Tensor]: # Name -> sum over the cases of the squared gradient
     "One forward and backward pass per case."
-    sums = [torch.zeros_like(p, requires_grad=False) for p in params.values()]
+    sums = [wide_zeros(p) for p in params.values()]
     for *x, target in zip(*inputs, targets):
         value = log_p(logits_of(model, [part[None] for part in x])[0], target)
         if not value.requires_grad: raise FisherError(DETACHED)
         grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
-        torch._foreach_addcmul_(sums, list(grads), list(grads))
+        grads = [g.to(s.dtype) for g, s in zip(grads, sums)]
+        torch._foreach_addcmul_(sums, grads, grads)
     return dict(zip(params, sums))
 
 HELD = 2**24 # Numbers held at once in per-case gradients
 
+def out_of_memory(e: Exception) -> bool: return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e) # of a GPU, or of the CPU
+
 def vmap_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
     "All cases of a chunk in one pass, by `torch.func`."
-    names, sums = {id(p): name for name, p in params.items()}, {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()}
+    names, sums = {id(p): name for name, p in params.items()}, {name: wide_zeros(p) for name, p in params.items()}
     # each layer once: `functional_call` would leave its own tensors in a layer that has two names
     places = {f'{path}.{leaf}'.lstrip('.'): t for path, module in model.named_modules()
               for leaf, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
@@ -227,8 +235,9 @@ def vmap_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # 
         chunk = [t[i:i + size] for t in (targets, *inputs)]
         try: grads = vmap(grad(value), in_dims=(None, *[0] * len(chunk)))(weights, *chunk)
         except RuntimeError as e:
+            if out_of_memory(e): raise
             raise FisherError(f"backend 'vmap' cannot take this network ({str(e).strip().splitlines()[0]}): take 'loop' or 'hooks'") from e
-        for name, g in grads.items(): sums[name] += g.square().sum(0)
+        for name, g in grads.items(): sums[name] += g.to(sums[name].dtype).square().sum(0)
     return sums
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #ea371082
@@ -367,7 +376,7 @@ class Tap:
         self.squares |= {name: found[leaf] for leaf, name in self.layers[layer].items()}
         self.inputs[layer] = None # free the memory
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #b3eee8f3
+# %% ../../nbs/api/transfer/04_fisher.ipynb #220dcd57
 def added_log_p(
     log_p: Callable[[Tensor, Tensor], Tensor], # Logits and target of one case -> scalar
     logits: Tensor, # (B, ...)
@@ -391,7 +400,7 @@ def hook_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # 
         for handle in handles: handle.remove()
     silent = {name: p for name, p in params.items() if name not in tap.squares}
     if silent: _check_silent(model, silent, inputs, targets, log_p)
-    return {name: tap.squares.get(name, torch.zeros_like(p, requires_grad=False)) for name, p in params.items()}
+    return {name: tap.squares.get(name, wide_zeros(p)) for name, p in params.items()}
 
 def _check_silent(model, silent, inputs, targets, log_p):
     "Refuse weights that matter although no gradient came back to their layers."
@@ -400,20 +409,23 @@ def _check_silent(model, silent, inputs, targets, log_p):
     used = [name for name, g in zip(silent, grads) if g is not None]
     if used: raise FisherError(f"backend 'hooks' cannot take this network: it uses {', '.join(used)} outside the layer; take 'vmap' or 'loop'")
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #59507fa0
+# %% ../../nbs/api/transfer/04_fisher.ipynb #1f9a84d8
 BACKENDS = {'loop': loop_squares, 'vmap': vmap_squares, 'hooks': hook_squares}
 
-def agree(
+def disagreements(
     found: Mapping[str, Tensor], # Name -> squared gradients
     expected: Mapping[str, Tensor], # Of the loop
     tolerance: float = 0.05, # Relative error of a layer; 0.01 is usual in bf16, 1e-5 in float32
-) -> bool:
-    "Do two backends say the same of every layer?"
+) -> list[str]:
+    "Layers of which two backends do not say the same."
     layers = {}
     for name, e in expected.items(): layers.setdefault(name.rpartition('.')[0], []).append((float((found[name] - e).norm()), float(e.norm())))
     errors = {layer: [math.hypot(*column) for column in zip(*parts)] for layer, parts in layers.items()}
     noise = 1e-8 * max(size for _, size in errors.values()) # such as the gradient of a bias in front of a normalisation
-    return all(error <= tolerance * size + noise for error, size in errors.values())
+    return [layer for layer, (error, size) in errors.items() if not error <= tolerance * size + noise]
+
+def agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.05) -> bool: # See `disagreements`
+    return not disagreements(found, expected, tolerance)
 
 def probe_backends(
     model: nn.Module, # At rest
@@ -434,10 +446,23 @@ def probe_backends(
     n = min(len(targets), max(two, int(two * budget / seconds)))
     times = {'loop': seconds * n / two}
     for backend in [name for name in BACKENDS if name != 'loop']:
-        try: fits = agree(run(backend, two)[0], expected) # warms up too
-        except (FisherError, RuntimeError): fits = False
-        if fits: times[backend] = run(backend, n)[1]
+        try:
+            if agree(run(backend, two)[0], expected): times[backend] = run(backend, n)[1] # the first warms up too
+        except Exception: pass # whatever it is that this backend cannot: the loop can
     return times
+
+def check_hooks(
+    model: nn.Module, # At rest
+    params: Mapping[str, nn.Parameter], # Name -> parameter
+    inputs: Sequence[Tensor], # Each (B, ...)
+    targets: Tensor, # (B, ...)
+    log_p: Callable[[Tensor, Tensor], Tensor], # Logits and target of one case -> scalar
+):
+    "Compare hooks with the loop on two cases: what they assume about a network, such as where its cases are, cannot always be seen."
+    hooked, looped = (BACKENDS[b](model, params, [x[:2] for x in inputs], targets[:2], log_p) for b in ('hooks', 'loop'))
+    wrong = disagreements(hooked, looped) if all(s.isfinite().all() for s in looped.values()) else [] # else the error is not the backend's
+    if wrong: raise FisherError(f"backend 'hooks' disagrees with the loop on the first cases, in {', '.join(wrong[:10]) or 'the network itself'}: the network uses "
+                                "these layers in a way that hooks cannot follow, or mixes its cases; take 'vmap' or 'loop'")
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #ade42001
 def split_batch(
@@ -467,7 +492,7 @@ def cases_in_batches(
         done += n
         if done == n_cases: return
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #d8115628
+# %% ../../nbs/api/transfer/04_fisher.ipynb #1911988a
 @dataclass(frozen=True, eq=False)
 class Fisher:
     "Diagonal of the Fisher information matrix of a network."
@@ -503,6 +528,13 @@ def n_logits(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     "Length of the first axis of the logits of a case."
     return next(iter(logits_of(model, [x[:1] for x in inputs]).shape[1:]), 1)
 
+def _squares(backend: str, model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
+    "Of a batch, if the memory suffices."
+    try: return BACKENDS[backend](model, params, inputs, targets, log_p)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        raise FisherError(f"{len(targets)} cases at once by {backend!r} take more memory than there is: give smaller batches, or backend='loop'") from e
+
 def _mean(sums: dict[str, Tensor], n: int) -> dict[str, Tensor]: # float32, finite
     values = {name: (s / n).float() for name, s in sums.items()}
     wrong = [name for name, v in values.items() if not v.isfinite().all()]
@@ -528,11 +560,12 @@ def fisher(
         if labels == 'true' and targets is None: raise FisherError("the batches hold no targets: give (input, target), or labels='model'")
         with at_rest(model, params.values()):
             if labels == 'model': targets = draw_targets(model, rule, inputs, cases, seed)
-            else: targets = rule.check(targets, width := width or n_logits(model, inputs))
+            else: targets = rule.check(targets, width := width or (n_logits(model, inputs) if rule.counts else 0))
+            if backend == 'hooks' and not n: check_hooks(model, params, inputs, targets, rule.log_p)
             if backend == 'auto':
                 times = probe_backends(model, params, inputs, targets, rule.log_p)
                 backend = min(times, key=times.get)
-            for name, s in BACKENDS[backend](model, params, inputs, targets, rule.log_p).items(): sums[name] += s.cpu()
+            for name, s in _squares(backend, model, params, inputs, targets, rule.log_p).items(): sums[name] += s.cpu()
         n = cases.stop
     if not n: raise FisherError('no cases: `batches` is empty, or an iterator that was used up before')
     return Fisher(_mean(sums, n), n, rule.name, labels, backend)

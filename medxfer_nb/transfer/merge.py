@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Predicate', 'Weights', 'STATISTICS', 'KINSHIP', 'JUDGED', 'SAMPLE', 'GRANULARITIES', 'Ratios', 'SCALES', 'BLOCK',
            'all_layers', 'conv_layers', 'layers_but_norms', 'layers_of', 'partition', 'MergeError', 'mergeable',
-           'check_fit', 'kernel_cosines', 'check_ancestry', 'units', 'check_ratios', 'spread', 'fisher_shares', 'mix',
-           'mode_imm', 'mean_imm', 'soup', 'task_arithmetic', 'load_merged']
+           'check_fit', 'kernel_cosines', 'check_ancestry', 'layer_path', 'units', 'check_ratios', 'spread',
+           'fisher_shares', 'mix', 'mode_imm', 'mean_imm', 'soup', 'task_arithmetic', 'load_merged']
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #453c5cca
+# %% ../../nbs/api/transfer/05_merge.ipynb #11c812b8
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..models.unet3d import owners
 from .l2sp import NORMS
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #e5024dc5
+# %% ../../nbs/api/transfer/05_merge.ipynb #8ee83dd8
 Predicate = Callable[[str, nn.Module], bool] # (path of a module, the module) -> do its own parameters belong to P?
 
 def all_layers(name: str, module: nn.Module) -> bool: return True
@@ -34,9 +35,10 @@ def layers_of(
 ) -> dict[str, list[str]]: # Path of a layer -> names of its parameters; both in the order of the network
     "Modules that own parameters themselves."
     name_of, layers = {p: name for name, p in net.named_parameters()}, {}
-    for path, module in net.named_modules():
-        names = [name_of.pop(p) for p in module.parameters(recurse=False) if p in name_of] # a tied one belongs to the first layer
-        if names and shared(path, module): layers[path] = names
+    for path, module, params in owners(net):
+        if not shared(path, module): continue
+        names = [name_of.pop(p) for p in params if p in name_of] # a tied one belongs to the first layer of P that has it
+        if names: layers[path] = names
     return layers
 
 def partition(
@@ -133,22 +135,28 @@ def check_ancestry(
                                'correspond to the same unit of the other. Train incrementally, each source from the one before or all from one '
                                "start; ancestry='trust' merges them anyway", {'ancestry': apart})
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #9c58c129
+# %% ../../nbs/api/transfer/05_merge.ipynb #cd576297
 GRANULARITIES = ('global', 'layer', 'tensor', 'channel')
+
+def layer_path(
+    name: str, # Of a parameter
+) -> str: # Path of the layer that it belongs to
+    return f'.{name}'.partition('.parametrizations.')[0].lstrip('.') if '.parametrizations.' in f'.{name}' else name.rpartition('.')[0]
 
 def units(
     params: nn.Module | Mapping[str, Tensor], # A network, or parameters by name
     granularity: str = 'layer', # One of `GRANULARITIES`
     shared: Predicate = all_layers, # Which layers of a network
+    net: nn.Module | None = None, # Whose parameters they are, if given by name: says what is transposed
 ) -> dict[str, str]: # Name of a parameter -> its unit: 'all', the path of its layer, or its own name
     "Which parameters have their mixing ratio together."
     if granularity not in GRANULARITIES: raise MergeError(f'granularity is one of {GRANULARITIES}, not {granularity!r}')
     layers, tensors = {}, dict(params.named_parameters()) if isinstance(params, nn.Module) else params
-    for name in tensors: layers.setdefault(name.rpartition('.')[0], []).append(name)
-    if isinstance(params, nn.Module): layers = layers_of(params, shared)
-    unit_of = {}
+    for name in tensors: layers.setdefault(layer_path(name), []).append(name)
+    if isinstance(params, nn.Module): layers, net = layers_of(params, shared), params
+    transposed, unit_of = {path for path, m in net.named_modules() if getattr(m, 'transposed', False)} if net else set(), {}
     for path, names in layers.items():
-        alike = len({tensors[name].shape[:1] for name in names}) == 1
+        alike = path not in transposed and len({tensors[name].shape[:1] for name in names}) == 1
         together = granularity == 'layer' or granularity == 'channel' and alike
         unit_of |= {name: 'all' if granularity == 'global' else path if together else name for name in names}
     return unit_of
@@ -185,20 +193,24 @@ def spread(
     "Ratios in a shape that a parameter can be multiplied by."
     return alpha if alpha.ndim == 1 else alpha.reshape(*alpha.shape, *[1] * (ndim - 1))
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #026153e4
+# %% ../../nbs/api/transfer/05_merge.ipynb #b760fe4d
 def _relative(fishers: Sequence[Tensor]) -> list[Tensor]: # Each in [0, 1]
     "Fisher information of several sources over the largest at each entry; 1 where all are zero."
     top = reduce(torch.maximum, fishers)
     shares = [f / top for f in fishers]
     return [s.masked_fill_(top == 0, 1.) for s in shares] if top.numel() and top.min().item() == 0 else shares
 
-def _over_mean(fisher: Tensor) -> Tensor:
+def _wide(t: Tensor) -> Tensor: # float32 or better
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+def _over_mean(fisher: Tensor) -> Tensor: # float32 or better
     "Fisher information of a tensor over its own mean; zeros stay zero."
+    fisher = _wide(fisher) # the mean of a million half-precision numbers would vanish
     if not fisher.any(): return fisher
     fisher = fisher / fisher.max() # the mean of large entries would overflow
     return fisher / fisher.mean()
 
-SCALES = {'printed': lambda fisher: fisher, 'tensor': _over_mean}
+SCALES = {'printed': _wide, 'tensor': _over_mean}
 
 def _values(fishers: Sequence, names: Sequence[str] | None, scale: str) -> tuple[list[Mapping], list[str]]: # What each holds; names to merge
     "Fisher information as mappings, whether bare or a `Fisher`."
@@ -217,7 +229,7 @@ def fisher_shares(
     shares = {name: torch.stack(_relative([SCALES[scale](v[name].detach()) for v in values])) for name in names}
     return {name: s / s.sum(0) for name, s in shares.items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #c787a850
+# %% ../../nbs/api/transfer/05_merge.ipynb #77bb0289
 BLOCK = 2**17 # entries at a time on a CPU: temporaries stay in its cache
 
 def _blocks(alpha: Tensor, *groups: Sequence[Tensor]) -> Iterator[tuple]: # alpha (T, 1 or rows, 1); each group's (rows, columns)
@@ -230,15 +242,19 @@ def _blocks(alpha: Tensor, *groups: Sequence[Tensor]) -> Iterator[tuple]: # alph
     for i in range(0, rows if columns else 0, step):
         yield alpha[:, i:i+step] if per_row else alpha, *([v[i:i+step] for v in group] for group in views)
 
+def _gaps(total: Tensor) -> bool:
+    "May some be zero? To ask a GPU would mean to wait for it."
+    return total.device.type != 'cpu' or bool(total.numel()) and total.min().item() == 0
+
 def _alive(shares: Sequence[Tensor], alpha: Tensor) -> Sequence[Tensor]:
     "Shares, equal where no source with a ratio has one."
     total = sum(s * a for s, a in zip(shares, alpha))
-    return [s.masked_fill(total == 0, 1.) for s in shares] if total.numel() and total.min().item() == 0 else shares
+    return [s.masked_fill(total == 0, 1.) for s in shares] if _gaps(total) else shares
 
 def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor):
     "out <- sum of alpha share theta / sum of alpha share, source by source."
     total = shares[0] * alpha[0]
-    gaps = total.min().item() == 0 # else all sums to come are positive
+    gaps = _gaps(total) # else all sums to come are positive
     if gaps:
         shares = _alive(shares, alpha)
         total = shares[0] * alpha[0]
@@ -246,7 +262,7 @@ def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor]
     for theta, share, a in zip(thetas[1:], shares[1:], alpha[1:]):
         torch.addcmul(total, share, a, out=spare)
         total.div_(spare) # the part of the sources so far
-        if gaps: total.nan_to_num_(0.) # 0/0: nothing has had weight yet
+        if gaps: total.masked_fill_(spare == 0, 0.) # 0/0: nothing has had weight yet
         mean = torch.lerp(theta, mean, total, out=out)
         total, spare = spare, total
     if mean is not out: out.copy_(mean)
@@ -296,7 +312,7 @@ def mix(
                          f'{tuple(theta.shape)}, {tuple(share.shape)} and {tuple(alpha.shape)}')
     return _Mix.apply(theta, share.detach().to(theta.dtype), alpha.to(theta.dtype))
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #0420330b
+# %% ../../nbs/api/transfer/05_merge.ipynb #a8094a73
 def _lift(fishers: Sequence[Tensor]) -> float: # NaN where there is Fisher information that is none
     "A power of two that takes the largest Fisher information near the top of float32, so that the small ones do not vanish."
     lows, tops = zip(*map(_range, fishers)) if fishers else ((0.,), (0.,))
@@ -313,10 +329,12 @@ def _merge_tensor(thetas: Sequence[Tensor], fishers: Sequence[Tensor], alpha: Te
     return out.to(first.dtype)
 
 def _sound(merged: dict[str, Tensor], states: Sequence[Mapping[str, Tensor]], values: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:
-    "The result; where it is not finite, what of the sources was not."
-    if not all(math.isfinite(end) for t in merged.values() for end in _range(t)):
-        for given, fisher in ((states, False), (values, True)): check_fit(given, list(merged), states[0], fisher)
-    return merged
+    "The result; where it is not finite, an error that says what of the sources was not, if anything."
+    broken = [name for name, t in merged.items() if not all(map(math.isfinite, _range(t)))]
+    if not broken: return merged
+    for given, fisher in ((states, False), (values, True)): check_fit(given, list(merged), states[0], fisher)
+    raise MergeError(f'the sources are finite, but not their merge, in {", ".join(broken[:20])}: the numbers leave the range of {merged[broken[0]].dtype}; '
+                     'give the sources in a wider precision, such as `.double()`, or a smaller `scale` to `task_arithmetic`', {'overflow': broken})
 
 def _kin(sources: Sequence[Weights], names: Sequence[str] | None, ancestry: str) -> tuple[list[dict[str, Tensor]], list[str]]: # Their state, what to merge
     "Sources that fit and have a common ancestor."
@@ -326,13 +344,14 @@ def _kin(sources: Sequence[Weights], names: Sequence[str] | None, ancestry: str)
     if ancestry == 'check': check_ancestry(states, names)
     return [{name: s[name].detach() for name in names} for s in states], names
 
-def _alphas(ratios: Ratios, states: Sequence[Mapping[str, Tensor]], granularity: str) -> dict[str, Tensor]: # Name -> (T,) or (T, C, 1, ...)
+def _alphas(ratios: Ratios, states: Sequence[Mapping[str, Tensor]], granularity: str, source: Weights) -> dict[str, Tensor]: # Name -> (T,) or (T, C, 1, ...)
     "Ratios of each parameter."
-    unit_of = units(states[0], granularity)
+    unit_of = units(states[0], granularity, net=source if isinstance(source, nn.Module) else None)
+    if granularity == 'channel' and isinstance(ratios, Mapping): unit_of |= {name: name for name in unit_of if name in ratios}
     found = check_ratios(ratios, len(states), unit_of, states[0], granularity)
     return {name: spread(found[unit_of[name]], t.ndim) for name, t in states[0].items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #9f0c2bdf
+# %% ../../nbs/api/transfer/05_merge.ipynb #b9a434f6
 def mode_imm(
     sources: Sequence[Weights], # T networks or state dicts of one architecture and ancestry
     fishers: Sequence[Mapping[str, Tensor]], # Diagonal Fisher information of each, bare or a `Fisher`
@@ -347,7 +366,7 @@ def mode_imm(
     values, names = _values(fishers, names, scale)
     states, names = _kin(sources, names, ancestry)
     check_fit(values, names, states[0], fisher=True, contents=scale != 'printed') # `_lift` looks at what is printed
-    alphas = _alphas(ratios, states, granularity)
+    alphas = _alphas(ratios, states, granularity, sources[0])
     merged = {name: _merge_tensor([s[name] for s in states], [v[name].detach() for v in values], alphas[name], scale) for name in names}
     return _sound(merged, states, values)
 
@@ -360,10 +379,10 @@ def mean_imm(
 ) -> dict[str, Tensor]: # The merged P
     "Mean-IMM: the mean weighted by the ratios."
     states, names = _kin(sources, names, ancestry)
-    alphas = _alphas(ratios, states, granularity)
+    alphas = _alphas(ratios, states, granularity, sources[0])
     return _sound({name: _merge_tensor([s[name] for s in states], [], alphas[name]) for name in names}, states)
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #4c9cd876
+# %% ../../nbs/api/transfer/05_merge.ipynb #abfb7cae
 def soup(
     sources: Sequence[Weights], # As for `mode_imm`
     names: Sequence[str] | None = None,
@@ -381,7 +400,8 @@ def task_arithmetic(
 ) -> dict[str, Tensor]: # The merged P
     "ancestor + scale * sum of (source - ancestor)."
     (start, *states), names = _kin([ancestor, *sources], names, ancestry)
-    return _sound({name: start[name] + scale * sum(s[name] - start[name] for s in states) for name in names}, [start, *states])
+    def changed(first, *others): return (_wide(first) + scale * sum(_wide(other) - _wide(first) for other in others)).to(first.dtype)
+    return _sound({name: changed(start[name], *(s[name] for s in states)) for name in names}, [start, *states])
 
 # %% ../../nbs/api/transfer/05_merge.ipynb #2e88a593
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..models.colorize import evaluating
 from .merge import Ratios, Weights, check_fit, check_ratios, layers_of, load_merged, units
 
-# %% ../../nbs/api/transfer/05b_merge_report.ipynb #5bc79885
+# %% ../../nbs/api/transfer/05b_merge_report.ipynb #c03517c1
 def source_names(n: int) -> list[str]: return [f'source {t}' for t in range(n)]
 
 def _layers(net: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
@@ -40,7 +40,7 @@ def ratio_table(
 ) -> pd.DataFrame: # Index: layer; one column per source
     "Mixing ratios of each layer."
     params = {name: p.detach() for name, p in net.named_parameters() if names is None or name in set(names)}
-    unit_of = units(params, granularity)
+    unit_of = units(params, granularity, net=net)
     alphas = check_ratios(ratios, n_sources, unit_of, params, granularity)
     rows = {path: sum(alphas[unit_of[name]].reshape(n_sources, -1).mean(1) * params[name].numel() for name in held) / sum(params[name].numel() for name in held)
             for path, held in _layers(net, list(params)).items()}
@@ -62,7 +62,7 @@ def plot_ratios(
     ax.legend(frameon=False, fontsize='x-small', ncols=min(table.shape[1], 4))
     return ax
 
-# %% ../../nbs/api/transfer/05b_merge_report.ipynb #adf5a057
+# %% ../../nbs/api/transfer/05b_merge_report.ipynb #7411edfe
 @contextmanager
 def lent(
     net: nn.Module,
@@ -91,10 +91,10 @@ def path_loss(
 
 def barrier(
     path: pd.DataFrame, # Of `path_loss`
-) -> float: # Not negative; infinite where the loss is not finite
+) -> float: # Not negative; infinite if any loss is not finite
     "How far the loss rises above the worse of its ends."
     loss = path.loss.to_numpy(float)
-    return float(max(0., np.where(np.isfinite(loss), loss, np.inf).max() - max(loss[0], loss[-1])))
+    return float(max(0., loss.max() - max(loss[0], loss[-1]))) if np.isfinite(loss).all() else float('inf')
 
 # %% ../../nbs/api/transfer/05b_merge_report.ipynb #e502b4b1
 def plot_paths(
@@ -199,12 +199,14 @@ class MergeReport:
 def _summary(path: pd.DataFrame) -> dict[str, float]:
     return dict(start=path.loss.iloc[0], highest=path.loss.max(), end=path.loss.iloc[-1], barrier=barrier(path))
 
-# %% ../../nbs/api/transfer/05b_merge_report.ipynb #eaf39d2f
+# %% ../../nbs/api/transfer/05b_merge_report.ipynb #b510bb26
 def _warn(table: pd.DataFrame, paths: Mapping[str, pd.DataFrame], norms: Mapping[str, float]) -> Iterator[str]:
     "What looks wrong."
     for name, path in paths.items():
-        worse = max(path.loss.iloc[0], path.loss.iloc[-1])
-        if not barrier(path) <= RISE * abs(worse):
+        worse, broken = max(path.loss.iloc[0], path.loss.iloc[-1]), path.position[~np.isfinite(path.loss)]
+        if len(broken):
+            yield f'no shared basin: from {name} the loss is NaN or infinite at {", ".join(f"{s:.2g}" for s in broken)} (0 and 1 are the sources); look at the sources\' own losses first'
+        elif barrier(path) > RISE * abs(worse):
             yield f'no shared basin: from {name} the loss rises by {barrier(path):.3g} above the worse end, {worse:.3g}; train incrementally, or choose one source'
     for column in [c for c in table if c.endswith('kept')]:
         faded = table.index[table[column] < FADED]

@@ -51,7 +51,7 @@ class MergedTensor(Module):
     def forward(self, alpha: Tensor) -> Tensor: # Ratios (T,) or (T, C) -> shape and layout of `param`
         return mix(self.theta, self.share, spread(alpha, self.theta.ndim - 1)).permute(self.back)
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #b2208577
+# %% ../../nbs/api/transfer/06_timm.ipynb #573fdb0b
 def _names_of(net: nn.Module, shared: Predicate, names: Sequence[str] | None) -> list[str]:
     "P, or the part of it that the sources give."
     inside = partition(net, shared)[0]
@@ -74,26 +74,28 @@ class AdaptiveMerge(Module):
         ancestry: str = 'check', # 'trust' merges networks that look unrelated
         names: Sequence[str] | None = None, # Parameters of P that the sources give; None: all of it
     ):
-        self.net, self.names = net, _names_of(net, shared, names)
+        self.net, self.names, self.granularity, self.scale = net, _names_of(net, shared, names), granularity, scale
         params = {name: p for name, p in net.named_parameters() if name in set(self.names)}
         states, shares = _checked(sources, fishers, params, scale, ancestry)
         self.tensors = nn.ModuleList(MergedTensor(p, [s[name] for s in states], shares.get(name)) for name, p in params.items())
-        self.unit_of, self.granularity = units(params, granularity), granularity
-        self.widths = {unit: params[name].shape[:1].numel() if granularity == 'channel' else 1 for name, unit in self.unit_of.items()}
+        self.unit_of = units(params, granularity, net=net)
+        self.channels = {unit: params[name].shape[:1] if granularity == 'channel' else () for name, unit in self.unit_of.items()} # (C,), or () for one ratio
+        self.widths = {unit: torch.Size(shape).numel() for unit, shape in self.channels.items()}
         p = next(iter(params.values()))
         self.delta = nn.Parameter(torch.zeros(len(states), sum(self.widths.values()), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device))
+        self.trained = {name: param.requires_grad for name, param in params.items()} # before it was merged
         self.train_merged(False)
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_leave_as_is)
 
-    def train_merged(self, trains: bool): # May the network's own P train? Not while it is merged
+    def train_merged(self, trains: bool | Mapping[str, bool]): # May the network's own P train, all of it or by name? Not while it is merged
         for name, p in self.net.named_parameters():
-            if name in set(self.names): p.requires_grad_(trains)
+            if name in self.trained: p.requires_grad_(trains[name] if isinstance(trains, Mapping) else trains)
 
-    def ratios(self) -> dict[str, Tensor]: # Unit -> alpha (T,), with granularity 'channel' (T, C)
+    def ratios(self) -> dict[str, Tensor]: # Unit -> alpha (T,); with granularity 'channel' (T, C), unless its parameters have no axis
         "Mixing ratios; their gradient reaches delta."
         parts = mixing_ratios(self.delta).split(list(self.widths.values()), 1)
-        return {unit: a if self.granularity == 'channel' else a[:, 0] for unit, a in zip(self.widths, parts)}
+        return {unit: a.reshape(len(a), *self.channels[unit]) for unit, a in zip(self.widths, parts)}
 
     def merged(self) -> dict[str, Tensor]: # Parameter name -> tensor
         "P of these ratios (Eq. 2)."
@@ -126,10 +128,10 @@ def _leave_as_is(merge: 'AdaptiveMerge', state: dict, prefix: str, *_):
     params = dict(merge.net.named_parameters())
     for name in merge.names: state.setdefault(f'{prefix}net.{name}', params[name].detach())
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #36f25780
+# %% ../../nbs/api/transfer/06_timm.ipynb #b75b3ab8
 @patch
 @torch.no_grad()
-def hand_over(self: AdaptiveMerge) -> nn.Module: # The network; P and S train
+def hand_over(self: AdaptiveMerge) -> nn.Module: # The network; P trains, S as before
     "Make P independent of the sources (Section 3.3)."
     params = dict(self.net.named_parameters())
     for name, tensor in self.merged().items(): params[name].copy_(tensor)
@@ -219,7 +221,7 @@ def fit_until(
     held = keep.best if watch == 'valid' else keep.history[-1]
     return PhaseResult(keep.history, held, rates[-1], None, 'converged' if until.converged() else 'max_steps', time.perf_counter() - start)
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #c0568c25
+# %% ../../nbs/api/transfer/06_timm.ipynb #2bd6a20f
 def split_adaption(model: AdaptiveMerge) -> list[list[nn.Parameter]]: # Parameters delta; S
     "The two parameter groups of adaption."
     merged = set(model.names)
@@ -241,20 +243,25 @@ def adapting(
     finally:
         for name, value in kept.items(): setattr(learn, name, value)
         learn.opt = None # it held other parameters
-        merge.train_merged(True) # or an adaption that broke off would leave P frozen
+        merge.train_merged(merge.trained) # or an adaption that broke off would leave P frozen
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #a2ebedb1
-def _hash(tensors) -> str: # Iterable of tensors -> 12 characters
+# %% ../../nbs/api/transfer/06_timm.ipynb #604a8219
+def _hash(groups: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> str: # 12 characters
+    "Of the numbers in the order of the names and of the axes, whatever their layout in memory."
     digest = hashlib.sha256()
-    for t in tensors: digest.update(t.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+    for tensors in groups:
+        for name in names:
+            t = tensors[name].detach().cpu().contiguous()
+            digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+            digest.update(t.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
-def _identity(merge: AdaptiveMerge) -> str:
-    "What distinguishes a merge: units, sources and Fisher information."
-    inputs = [t for tensor in merge.tensors for t in (tensor.theta, tensor.share) if t is not None]
-    return f'{len(merge.delta)} sources, {len(merge.widths)} ratios, {_hash(inputs)}'
+def _identity(merge: AdaptiveMerge, sources: Sequence[Weights], fishers: Sequence | None) -> str:
+    "What distinguishes a merge: units, scale, sources and Fisher information as they were given."
+    given = [s.state_dict() if isinstance(s, nn.Module) else s for s in sources] + [f if isinstance(f, Mapping) else f.values for f in fishers or ()]
+    return f"{len(merge.delta)} sources, {len(merge.widths)} ratios by {merge.granularity}, scale {merge.scale if fishers else 'none'}, {_hash(given, merge.names)}"
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #2c1b6e3a
+# %% ../../nbs/api/transfer/06_timm.ipynb #d4479074
 @dataclass(frozen=True, eq=False)
 class TimmResult:
     "What T-IMM leaves behind, besides the weights in its model."
@@ -276,7 +283,13 @@ def _adapt(learn: Learner, merge: AdaptiveMerge, steps: int, rates: list[float],
 
 def _beside(path: str | Path | None, phase: str) -> Path | None: return path and Path(path).with_name(f'{Path(path).name}.{phase}')
 
-# %% ../../nbs/api/transfer/06_timm.ipynb #9433bc11
+def _check_phases(learn: Learner, validate_every: int, adapt_steps: int, steps: int, matched: bool, adapt_patience: int | None, patience: int | None, halve_after: int | None):
+    "Refuse what fine-tuning would refuse only after hours of adaption."
+    if matched and steps <= adapt_steps: raise ValueError(f'{steps} steps in all leave none for fine-tuning after {adapt_steps} of adaption')
+    for n in (adapt_steps, steps): _epochs(learn, n, validate_every)
+    UntilConverged(None, adapt_patience), UntilConverged(None, patience, halve_after=halve_after)
+
+# %% ../../nbs/api/transfer/06_timm.ipynb #7dedd797
 def fit_timm(
     learn: Learner, # Its model is the network for the target task, S as it shall start
     sources: Sequence[Weights], # T networks or state dicts
@@ -302,16 +315,18 @@ def fit_timm(
     **merging, # shared, names, granularity, scale, ancestry: as for `AdaptiveMerge`
 ) -> TimmResult: # The model holds the weights of the best validation of fine-tuning
     "T-IMM (Section 3.3): adapt the mixing ratios to the target task, then fine-tune all parameters."
-    if matched and steps <= adapt_steps: raise ValueError(f'{steps} steps in all leave none for fine-tuning after {adapt_steps} of adaption')
+    common = dict(validate_every=validate_every or len(learn.dls.train), metric=metric, seed=seed, config=config)
+    _check_phases(learn, common['validate_every'], adapt_steps, steps, matched, adapt_patience, patience, halve_after)
     merge = AdaptiveMerge(learn.model, sources, fishers, **merging)
-    name, common = _identity(merge), dict(validate_every=validate_every or len(learn.dls.train), metric=metric, seed=seed, config=config)
+    name = _identity(merge, sources, fishers)
     adapt_lr = lr if adapt_lr is None else adapt_lr
     adaption, ratios, adapted = _adapt(learn, merge, adapt_steps, [adapt_lr if ratio_lr is None else ratio_lr, adapt_lr], callbacks, patience=adapt_patience,
                                        min_gain=adapt_gain, checkpoint=_beside(checkpoint, 'adaption'), name=f'adaption of {name}', **common)
-    del merge # sources and shares are no longer needed
+    start = _hash([state := merge.state_dict()], list(state)) # of what fine-tuning starts from: P follows from delta and the sources
+    del merge, state # sources and shares are no longer needed
     taken = adaption.history[-1]['iteration'] if matched else 0
     fine_tuning = fit_until(learn, steps - taken, lr=lr, patience=patience, min_gain=min_gain, halve_after=halve_after, callbacks=callbacks,
-                            checkpoint=_beside(checkpoint, 'fine_tuning'), name=f'fine-tuning of {name}', **common)
+                            checkpoint=_beside(checkpoint, 'fine_tuning'), name=f'fine-tuning of {name}, from {start}', **common)
     return TimmResult(adaption, fine_tuning, ratios, adapted)
 
 Learner.fit_timm = fit_timm
