@@ -4,14 +4,17 @@ from pathlib import Path
 
 from PIL import Image
 
-COLOURS = 128  # A figure's pixels in a palette: less than half the size, and no difference to the eye
+COLOURS = (128, 32, 16)  # A figure's pixels in a palette: less than half the size, and no difference to the eye; fewer for large ones, which are lines on white
+LARGE = 100_000          # Characters of base64: a notebook has to stay below 300 kB
 
 
 def smaller(png: str) -> str:
     "A base64 PNG with a palette"
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(COLOURS, dither=Image.Dither.NONE)
-    image.save(out := io.BytesIO(), 'PNG', optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
+    for colours in COLOURS:
+        image.quantize(colours, dither=Image.Dither.NONE).save(out := io.BytesIO(), 'PNG', optimize=True)
+        if len(text := base64.b64encode(out.getvalue()).decode()) < LARGE: break
+    return text
 
 
 def kept(output: dict) -> dict | None:
