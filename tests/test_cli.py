@@ -8,10 +8,10 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from medxfer_nb.cli import Drawings, _heed_interrupts, app, default_jobs
+from medxfer_nb.cli import Drawings, _heed_interrupts, app, default_jobs, needed_assets
 from medxfer_nb.data.assets import ASSETS
-from medxfer_nb.repro import scales
-from medxfer_nb.repro.jobs import load_or_run
+from medxfer_nb.repro import brain_scales, lesion_scales, scales
+from medxfer_nb.repro.jobs import load_or_run, plan
 from medxfer_nb.repro.store import Store
 
 PARAMETERS = """scale: str = 'demo'          # smoke, demo, study or paper
@@ -88,6 +88,13 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(home, monkeypatch):
     assert result.exit_code == 0 and 'tab1_strategies 12 0 12' in words and '12 different runs: 0 stored, 12 to train, about' in words
     assert 'to fetch: chest-ct (35 MB)' in words and '2 of 2 notebooks to execute' in words
     assert sorted(p.name for p in home.iterdir()) == ['papers']
+
+
+def test_each_paper_fetches_its_own_anatomy(home, monkeypatch):
+    monkeypatch.setenv('MEDXFER_CACHE', str(home / 'cache'))
+    def needed(module, item): return needed_assets(plan(module.item_runs(item, module.scale_named('demo')), Store(home / 'store')))
+    assert needed(brain_scales, 'fig5_ratios') == ['freesurfer-labels']
+    assert needed(lesion_scales, 'fig1_lambda') == ['chest-ct', 'chest-ct-labels', 'efficientnet-lite0']
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def test_only_scale_tensor_ignores_the_scale_of_a_source():
     assert (weight[1] - second).norm() < 0.6 * (weight[0] - second).norm()
 
 
-def test_scale_tensor_is_the_authors_formula():
+def test_scale_tensor_in_closed_form():
     torch.manual_seed(0)
     theta, fs = torch.randn(3, 5, 4), torch.rand(3, 5, 4).double()
     w = [a * f / f.sum() for a, f in zip((0.2, 0.3, 0.5), fs)] # alpha F / sum of F over the tensor

@@ -11,7 +11,7 @@ __all__ = ['TITLES', 'METHODS', 'KNOWN', 'MEMORY_STATEMENTS', 'gather', 'START_C
            'forgetting_slices', 'plot_forgetting', 'value_claims', 'source_table', 'regions_table', 'submit',
            'disputed']
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #8016fab6
+# %% ../../nbs/api/repro/13_brain_results.ipynb #d0e7017d
 import math, os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,16 +27,14 @@ from matplotlib.patches import Patch
 
 from ..data.brain import CLASSES14
 from ..data.brain_prep import read_scores
-from ..evaluate.paired import paired_table, two_level_mean
 from ..evaluate.plots import COLUMN, PAGE, paper_style
-from ..evaluate.stats import benjamini_hochberg
 from ..models.unet3d import load_shared, predict_volume
 from . import brain_scales
 from .brain_scales import ALL_HCP, PORTIONS, STARTS, TimmScale
 from .brains import MERGED, TASKS, TimmRun, adapted_of, online_cases, parents, read_sets, trained_net, write_submissions
 from . import lesion_results
 from .jobs import load_or_run
-from .lesion_results import Finding
+from .lesion_results import Finding, judge
 from .results import Collection
 from .store import Record
 from .targets import Claim, Target, contradictions, target, verdict
@@ -128,7 +126,7 @@ def transfer_statements(protocol: str = 'paper') -> list[Statement]:
 
 MEMORY_STATEMENTS = tuple(Statement(a, b, task=task) for a, b, task in (('m2', 'm1', 'm1'), ('imm', 'm2', 'm1'), ('imm', 'm1', 'm2'), ('timm', 'm2', 'm1'), ('timm', 'm1', 'm2'), ('timm', 'imm', 'm1'), ('timm', 'imm', 'm2')))
 
-# %% ../../nbs/api/repro/13_brain_results.ipynb #c005e191
+# %% ../../nbs/api/repro/13_brain_results.ipynb #dbe52bc0
 def _grid(table, metric='dice', **where) -> pd.DataFrame | None:
     "Seeds x patients of the rows where these columns have these values"
     rows = table[np.logical_and.reduce([table[k] == v for k, v in where.items()])] if len(table) else table
@@ -165,15 +163,7 @@ def find(
     scale: TimmScale,
 ) -> list[Finding]:                     # One per statement
     "What our runs say about each statement."
-    found = []
-    for s in statements:
-        values = effect(table, s)
-        mean = None if values is None else two_level_mean(values)
-        interval = (-math.inf, math.inf) if mean and mean.n_seeds == 1 else None  # One seed knows nothing of others
-        claim = verdict(s.about, mean, s.published, scale.name, interval=interval, same_anatomy=scale.virtual)
-        found.append(Finding(s, mean, None if mean is None else paired_table(values, np.zeros_like(values)), claim))
-    p = benjamini_hochberg([f.tests.p['t-test'] if f.tests is not None else math.nan for f in found])
-    return [replace(f, adjusted=float(q)) for f, q in zip(found, p)]
+    return judge([(s, effect(table, s)) for s in statements], scale)
 
 # %% ../../nbs/api/repro/13_brain_results.ipynb #d8c95cf3
 def findings_table(

@@ -41,7 +41,7 @@ from ..transfer.fisher import fisher
 from ..transfer.merge import mode_imm
 from ..transfer.timm import PhaseResult, fit_timm, fit_until
 
-# %% ../../nbs/api/repro/11_brains.ipynb #d9e978d3
+# %% ../../nbs/api/repro/11_brains.ipynb #cae75b96
 SOURCE = {'virtual-tumours': 'virtual-hcp', 'brats': 'hcp', 'decathlon': 'hcp'}  # Data set of task 3 -> of tasks 1 and 2
 TASKS = {'m1': ('labels 1:7', ('task 1',)), 'm2': ('labels 8:14', ('task 2',)),    # Source network -> its labels, and whose brains it sees
          **{f'all {labels}': (f'labels {labels}', ('task 1', 'task 2')) for labels in ('1:14', '1:7', '8:14')}}
@@ -74,7 +74,7 @@ class TimmRun(RunConfig):
     hcp: int = 0                          # Brains of the source tasks, the test set included (58)
     source_steps: int = 0                 # Optimiser steps of a source network, at most
     source_every: int = 0                 # Steps between its validations
-    fisher_scale: Literal['printed', 'tensor'] = 'printed'  # Eq. 2 as printed, or each Fisher divided by its mean over the tensor (the authors' code)
+    fisher_scale: Literal['printed', 'tensor'] = 'printed'  # Eq. 2 as printed, or each Fisher divided by its mean over the tensor (the authors' code normalises per tensor)
     likelihood: Literal['sigmoid', 'soft_dice'] = 'sigmoid'  # Whose gradients make the Fisher
     fisher_labels: Literal['true', 'model'] = 'true'  # The empirical Fisher of the paper, or labels drawn from the network
     granularity: Literal['global', 'layer', 'tensor', 'channel'] = 'layer'  # Of the mixing ratios; a layer in the paper

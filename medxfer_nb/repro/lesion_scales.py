@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .lesions import LesionRun
 
-# %% ../../nbs/api/repro/09_lesion_scales.ipynb #dad4ffaf
+# %% ../../nbs/api/repro/09_lesion_scales.ipynb #06bbb6ef
 @dataclass(frozen=True)
 class LesionScale:
     "One size of the paper's experiment."
@@ -45,7 +45,7 @@ SCALES = {s.name: s for s in (
     LesionScale('smoke', **_VIRTUAL, size=32, batch=4, steps=2, validate_every=1, source_steps=16, source_train=1, counts=(1, 1, 2), lams=(0., 8., 50.), seeds=(0,),
                 needs='a minute', frozen=False, precision='fp32'),
     LesionScale('demo', **_VIRTUAL, size=64, batch=8, steps=280, validate_every=40, source_steps=320, source_train=16, counts=(21, 3, 12), lams=(0., 8., 50.), seeds=(0, 1),
-                needs='12 minutes on 2 cores, 2 GB of memory, 1 GB of disk', frozen=False),
+                needs='12 to 13 minutes on 2 cores, 2 GB of memory, 1 GB of disk', frozen=False),
     LesionScale('study', **_VIRTUAL, size=64, batch=8, steps=320, validate_every=40, source_steps=960, source_train=24, counts=(21, 3, 20), lams=tuple(sorted(LAMBDAS + BELOW)), seeds=(0, 1, 2),
                 needs='some hours on 2 cores (estimated), 3 GB of disk'),
     LesionScale('paper', 'covid-ct', 'densenet121', size=384, batch=16, steps=24_000, validate_every=1_200, source_steps=48_000, source_train=100, counts=(21, 3, 5), lams=LAMBDAS,

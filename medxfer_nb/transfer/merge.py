@@ -193,7 +193,7 @@ def spread(
     "Ratios in a shape that a parameter can be multiplied by."
     return alpha if alpha.ndim == 1 else alpha.reshape(*alpha.shape, *[1] * (ndim - 1))
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #b760fe4d
+# %% ../../nbs/api/transfer/05_merge.ipynb #a5d182e7
 def _relative(fishers: Sequence[Tensor]) -> list[Tensor]: # Each in [0, 1]
     "Fisher information of several sources over the largest at each entry; 1 where all are zero."
     top = reduce(torch.maximum, fishers)
@@ -220,7 +220,7 @@ def _values(fishers: Sequence, names: Sequence[str] | None, scale: str) -> tuple
 
 def fisher_shares(
     fishers: Sequence[Mapping[str, Tensor]], # Diagonal Fisher information of each source, bare or a `Fisher`
-    scale: str = 'printed', # One of `SCALES`; 'tensor': each over its mean in the tensor, as the authors' code does
+    scale: str = 'printed', # One of `SCALES`; 'tensor': each over its mean in the tensor (the authors' code normalises per tensor)
     names: Sequence[str] | None = None, # None: all
 ) -> dict[str, Tensor]: # Name -> (T, *shape): F^t / sum_j F^j of each entry; 1/T where all are zero
     "The sources' shares of the Fisher information."
