@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .brains import MERGED, TimmRun
 
-# %% ../../nbs/api/repro/12_brain_scales.ipynb #8d3162b1
+# %% ../../nbs/api/repro/12_brain_scales.ipynb #63b909c8
 PORTIONS = ('4%', '8%', '100%')                    # Table 1
 STARTS = ('none', 'm1', 'm2', 'imm', 'timm')       # Table 2
 ALL_HCP = ('all 1:14', 'all 1:7', 'all 8:14')      # At 8 % only
@@ -62,8 +62,8 @@ SCALES = {s.name: s for s in (
               patience=2, halve_after=1, lr=2e-3, precision='fp32', needs='a minute'),
     TimmScale('demo', **_VIRTUAL, base=8, size=32, batch=2, steps=_same(200) | dict(source=400), every=_same(20), adapt_steps=_same(60), total=100, n_online=26, hcp=58, seeds=(0, 1),
               portions=('4%', '8%'), all_hcp=False, protocols=('matched',), lr=2e-3, needs='about 12 minutes on 2 cores (estimated from its runs), 3 GB of memory, 1 GB of disk'),
-    TimmScale('study', **_VIRTUAL, base=8, size=32, batch=2, steps=_same(1_500) | dict(source=3_000, all=3_000), every=_same(25), adapt_steps=_same(150), total=255, n_online=66, hcp=58,
-              seeds=(0, 1, 2), patience=12, halve_after=6, lr=1e-3, needs='some hours on 2 cores (estimated)'),
+    TimmScale('study', **_VIRTUAL, base=8, size=32, batch=2, steps=_same(500) | dict(source=800, all=800), every=_same(25), adapt_steps=_same(100), total=255, n_online=66, hcp=58,
+              seeds=(0, 1, 2), patience=10, halve_after=4, lr=2e-3, needs='about 1 h 30 min on 2 cores, one run on each (estimated from its runs)'),
     TimmScale('paper', 'brats', base=16, size=0, batch=1, steps=_passes(500), every=_passes(), adapt_steps=_passes(50), total=255, n_online=66, hcp=58, seeds=(0, 1, 2),
               needs='BraTS 2018 (training and validation set), T1, T2 and FreeSurfer volumes of 58 HCP subjects, 60 GB of disk, and some weeks of one GPU with 24 GB (estimated, never run)'),
 )}

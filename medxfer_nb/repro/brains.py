@@ -10,7 +10,7 @@ __all__ = ['SOURCE', 'TASKS', 'MERGED', 'SOURCE_SEED', 'FOLDERS', 'ONLINE', 'SPL
            'train_source', 'trained_net', 'remembered', 'start_P', 'fit_target', 'missing', 'train_target', 'train',
            'real_hash', 'data_hash', 'cost', 'prepare']
 
-# %% ../../nbs/api/repro/11_brains.ipynb #bc55a162
+# %% ../../nbs/api/repro/11_brains.ipynb #d064d7cc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device
@@ -31,7 +32,7 @@ from ..data.brain_prep import common_foreground, fit_box, make_brains, write_sub
 from ..data.subjects import virtual_brains
 from ..evaluate.volumes import overlap
 from ..models.colorize import load_strict
-from ..models.precision import FP32
+from ..models.precision import FP32, Mode
 from ..models.unet3d import (UNet3D, choose_unet3d_mode, is_shared, is_shared_with_norms, load_shared, predict_volume, shared_parameters, soft_dice_loss,
                                       transferable, unet3d)
 from .colorization import Tell, need_root
@@ -374,7 +375,7 @@ def write_submissions(
     return [write_submission(predict_volume(net, image.astype(np.float32), _cube(run.patch)), case.load()[2], Path(folder)/f'{case.subject}.nii.gz', test.box)
             for case, image in zip(online_cases(run, data_root), test.images)]
 
-# %% ../../nbs/api/repro/11_brains.ipynb #6add3b50
+# %% ../../nbs/api/repro/11_brains.ipynb #f09ba666
 def _means(patients) -> dict: return {f'mean_{k}': float(v.mean()) for k, v in patients.items() if k.startswith('dice')}
 
 def _mode(net) -> dict: return dict(precision=f'{net.mode.dtype}{" channels-last"*net.mode.channels_last}')
@@ -399,9 +400,10 @@ def trained_net(
 ) -> UNet3D:           # In evaluation mode, computing as it was scored
     "The network that a run trained."
     run, state = record.config, weights_of(record)
-    contrasts = state['encoder.0.conv_in.conv.weight'].shape[1]
+    contrasts, dtype, *layout = state['encoder.0.conv_in.conv.weight'].shape[1], *record.metrics['precision'].split()
     net = load_strict(unet3d(contrasts, len(run.regions), base=run.base), state).to(default_device())
-    return choose_unet3d_mode(net, (run.batch, contrasts, *[run.size]*3), record.metrics['precision'].split()[0]).eval()
+    net.mode = Mode(dtype, bool(layout))
+    return net.to(memory_format=torch.channels_last_3d if layout else torch.contiguous_format).eval()
 
 # %% ../../nbs/api/repro/11_brains.ipynb #820a4ca1
 def remembered(

@@ -9,8 +9,8 @@ __all__ = ['IGNORED', 'LIKELIHOODS', 'Names', 'DETACHED', 'HELD', 'CONVS', 'LAYE
            'wide_zeros', 'loop_squares', 'out_of_memory', 'vmap_squares', 'linear_squares', 'few_positions',
            'bf16_kernels', 'by_product', 'by_groups', 'by_case', 'conv_squares', 'norm_squares', 'layer_norm_squares',
            'layer_rule', 'hooked_layers', 'Tap', 'added_log_p', 'hook_squares', 'disagreements', 'agree',
-           'probe_backends', 'check_hooks', 'split_batch', 'cases_in_batches', 'Fisher', 'draw_targets', 'n_logits',
-           'fisher', 'save_fisher', 'load_fisher']
+           'probe_backends', 'checked_hook_squares', 'split_batch', 'cases_in_batches', 'Fisher', 'draw_targets',
+           'n_logits', 'fisher', 'save_fisher', 'load_fisher']
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #0f43550b
 import json, math, os, time
@@ -409,7 +409,7 @@ def _check_silent(model, silent, inputs, targets, log_p):
     used = [name for name, g in zip(silent, grads) if g is not None]
     if used: raise FisherError(f"backend 'hooks' cannot take this network: it uses {', '.join(used)} outside the layer; take 'vmap' or 'loop'")
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #1f9a84d8
+# %% ../../nbs/api/transfer/04_fisher.ipynb #843b198f
 BACKENDS = {'loop': loop_squares, 'vmap': vmap_squares, 'hooks': hook_squares}
 
 def disagreements(
@@ -451,18 +451,15 @@ def probe_backends(
         except Exception: pass # whatever it is that this backend cannot: the loop can
     return times
 
-def check_hooks(
-    model: nn.Module, # At rest
-    params: Mapping[str, nn.Parameter], # Name -> parameter
-    inputs: Sequence[Tensor], # Each (B, ...)
-    targets: Tensor, # (B, ...)
-    log_p: Callable[[Tensor, Tensor], Tensor], # Logits and target of one case -> scalar
-):
-    "Compare hooks with the loop on two cases: what they assume about a network, such as where its cases are, cannot always be seen."
+def checked_hook_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
+    "`hook_squares`, the first two cases compared with the loop: what hooks assume about a network, such as where its cases are, cannot always be seen."
     hooked, looped = (BACKENDS[b](model, params, [x[:2] for x in inputs], targets[:2], log_p) for b in ('hooks', 'loop'))
     wrong = disagreements(hooked, looped) if all(s.isfinite().all() for s in looped.values()) else [] # else the error is not the backend's
     if wrong: raise FisherError(f"backend 'hooks' disagrees with the loop on the first cases, in {', '.join(wrong[:10]) or 'the network itself'}: the network uses "
                                 "these layers in a way that hooks cannot follow, or mixes its cases; take 'vmap' or 'loop'")
+    if len(targets) <= 2: return hooked
+    others = BACKENDS['hooks'](model, params, [x[2:] for x in inputs], targets[2:], log_p)
+    return {name: hooked[name] + others[name] for name in hooked}
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #ade42001
 def split_batch(
@@ -492,7 +489,7 @@ def cases_in_batches(
         done += n
         if done == n_cases: return
 
-# %% ../../nbs/api/transfer/04_fisher.ipynb #1911988a
+# %% ../../nbs/api/transfer/04_fisher.ipynb #0fb3c95e
 @dataclass(frozen=True, eq=False)
 class Fisher:
     "Diagonal of the Fisher information matrix of a network."
@@ -528,9 +525,10 @@ def n_logits(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     "Length of the first axis of the logits of a case."
     return next(iter(logits_of(model, [x[:1] for x in inputs]).shape[1:]), 1)
 
-def _squares(backend: str, model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
-    "Of a batch, if the memory suffices."
-    try: return BACKENDS[backend](model, params, inputs, targets, log_p)
+def _squares(backend: str, first: bool, model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
+    "Of a batch, if the memory suffices; hooks that no probe has seen are checked on the first."
+    way = checked_hook_squares if first and backend == 'hooks' else BACKENDS[backend]
+    try: return way(model, params, inputs, targets, log_p)
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e): raise
         raise FisherError(f"{len(targets)} cases at once by {backend!r} take more memory than there is: give smaller batches, or backend='loop'") from e
@@ -561,11 +559,11 @@ def fisher(
         with at_rest(model, params.values()):
             if labels == 'model': targets = draw_targets(model, rule, inputs, cases, seed)
             else: targets = rule.check(targets, width := width or (n_logits(model, inputs) if rule.counts else 0))
-            if backend == 'hooks' and not n: check_hooks(model, params, inputs, targets, rule.log_p)
+            unseen = not n and backend != 'auto'
             if backend == 'auto':
                 times = probe_backends(model, params, inputs, targets, rule.log_p)
                 backend = min(times, key=times.get)
-            for name, s in _squares(backend, model, params, inputs, targets, rule.log_p).items(): sums[name] += s.cpu()
+            for name, s in _squares(backend, unseen, model, params, inputs, targets, rule.log_p).items(): sums[name] += s.cpu()
         n = cases.stop
     if not n: raise FisherError('no cases: `batches` is empty, or an iterator that was used up before')
     return Fisher(_mean(sums, n), n, rule.name, labels, backend)
