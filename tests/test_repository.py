@@ -12,7 +12,8 @@ LIBRARY = sorted((ROOT/'medxfer_nb').rglob('*.py'))
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 # Left may import right: data and models know nothing of each other, evaluate knows arrays only, nothing imports upward
 MAY = {'data': {'data'}, 'models': {'models'}, 'transfer': {'transfer', 'models'}, 'evaluate': {'evaluate'},
-       'repro': {'repro', 'data', 'models', 'transfer', 'evaluate'}, 'cli': {'cli', 'repro', 'data'}}
+       'repro': {'repro', 'data', 'models', 'transfer', 'evaluate'}, 'compare': {'compare', 'repro', 'data', 'models', 'transfer', 'evaluate'},
+       'cli': {'cli', 'compare', 'repro', 'data'}}
 
 
 def imports(path: Path) -> set[str]:
