@@ -59,7 +59,7 @@ def test_a_tied_arm_with_an_interval_against_it_is_not_chosen():
         r, j = made(effects={'full@a': -.015}, arms=('scratch', 'full@a', 'l2sp@a'), seconds=(60, 1, 30), seeds=3, seed=seed)
         if 'full@a' in tied_with_best(j) and j.negative == ('full@a',): break
     said = recommend(r, j)
-    assert 'before correction' in said.warnings[0] and said.choice != 'full@a' and 'the cheapest of them with no interval against it' in said.headline
+    assert 'before correction' in said.warnings[0] and said.choice != 'full@a' and 'the cheapest of them with no interval against it to train' in said.headline
 
 def test_too_few():
     one = recommend(*made(seeds=1, effects={'l2sp@a': .2}))
@@ -92,5 +92,12 @@ def test_networks_are_not_strategies():
 
 def test_cheapest():
     r, _ = made(seconds=(4, 3, 2, 1))
-    assert cheapest(r, ['scratch', 'full@a']) == 'full@a'
-    assert cheapest(replace(r, costs=r.costs.assign(seconds=np.nan)), ['l2sp@a', 'full@a']) == 'l2sp@a'
+    assert cheapest(r, ['scratch', 'full@a']) == ('full@a',)
+    assert cheapest(replace(r, costs=r.costs.assign(seconds=np.nan)), ['l2sp@a', 'full@a']) == ('l2sp@a', 'full@a')
+    assert cheapest(replace(r, costs=r.costs.assign(seconds=[1., 1.09, 1.11, 5])), ARMS) == ARMS[:2]
+
+def test_a_tie_is_not_decided_by_a_second():
+    r, j = made(effects={'l2sp@a': .15, 'timm@a+b': .15, 'full@a': .02}, seconds=(5, 10, 31, 30))
+    said = recommend(r, j)
+    assert said.choice == said.tied[0] == j.best and said.headline.endswith('the best-placed of them; none is clearly cheaper to train.')
+    assert not any('is cheaper than' in line for line in said.why)

@@ -18,7 +18,7 @@ from medxfer_nb.compare import report
 from medxfer_nb.compare.figures import alt_text
 from medxfer_nb.compare.inspect import inspect
 from medxfer_nb.compare.judge import judge
-from medxfer_nb.compare.power import Parts, plan_more
+from medxfer_nb.compare.power import Parts, anova_parts, patient_values, plan_more
 from medxfer_nb.compare.recommend import recommend
 from medxfer_nb.compare.report import Contents, Part, Picture, Table, as_cell, comparison_notebook, page_parts, render_comparison, score_rows, score_table, write_comparison
 from medxfer_nb.compare.results import load_results
@@ -137,6 +137,17 @@ def test_one_repeat_plans_and_claims_nothing():
     text = ' '.join(' '.join(Page(render_comparison(made)).text).split())
     assert 'One repeat: nothing is claimed' in text and 'chance to find it now' not in text and 'the plan below' not in text
     assert [c.shown for c in report._pairs(made).rows[0][3:]][::2] == ['–', '–']
+
+
+def test_the_mixed_model_is_on_the_page(dice):
+    "A fit of statsmodels per pair agrees with the closed form of a balanced study."
+    j, choice = dice.judgement, dice.recommendation.choice
+    table = report._mixed(dice)
+    assert len(table.rows) >= 2 and table.caption in render_comparison(dice) and report._mixed(contents_of(fake_results('segmentation', arms=ARMS, seeds=1))) is None
+    others = [a for a in dict.fromkeys((*j.references.values(), dice.rival)) if a and a != choice]
+    for other, row in zip(others, table.rows):
+        closed = anova_parts(patient_values(dice.results, choice) - patient_values(dice.results, other))
+        np.testing.assert_allclose([c.key for c in row[1:4]], [closed.seed, closed.patient, closed.rest], rtol=.05, atol=1e-6)
 
 
 def test_the_notebook_judges_at_the_level_of_the_page(dice):

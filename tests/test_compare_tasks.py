@@ -315,6 +315,15 @@ def test_empty_masks():
     assert [(s['ml'], s['predicted_ml']) for s in scores.values()] == [(0, 0), (.008, 0), (0, .008)]
 
 
+def test_a_missed_structure_leaves_no_distance():
+    "A mean over what was found would be better than that of a network that finds both."
+    a, b = np.zeros((2, 1, 8, 8), bool)
+    a[0, 1:4, 1:4], b[0, 5:7, 5:7] = True, True
+    score = lambda p, t: mask_scores(np.stack(p), np.stack(t), ('a', 'b'), (1., 1., 1.), (1., 1., 1.))['hd95']
+    assert np.isnan(score((a, b & False), (a, b))) and np.isnan(score((a, b), (a, b & False)))
+    assert score((a, b & False), (np.roll(a, 1, -1), b & False)) == 1 # neither there nor predicted: left out
+
+
 def test_unknown_spacing_gives_pixels_and_no_volume():
     m = np.zeros((1, 1, 8, 8), bool)
     m[..., 2:4, 2:4] = True

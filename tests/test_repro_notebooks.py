@@ -40,15 +40,18 @@ def test_the_kernel_is_this_interpreter_and_failures_stay_alone(tmp_path, monkey
     foreign.mkdir(parents=True)
     (foreign / 'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='x', language='python')))
     monkeypatch.setenv('JUPYTER_PATH', str(foreign.parents[1]))
+    monkeypatch.setenv('MPLBACKEND', 'agg')  # As on many clusters: figures still become part of the notebook
     papers = [notebook(tmp_path / 'tab1.ipynb', 'import sys, os, warnings; warnings.warn("x"); print(sys.executable, seeds, store, os.getcwd())'),
               notebook(tmp_path / 'tab2.ipynb', 'before = 1', 'assert seeds == [3], "only three"', 'after = 1'),
               notebook(tmp_path / 'tab3.ipynb', 'import os; os._exit(3)')]
     lines = []
-    one, two, three = run_notebooks(papers, tmp_path / 'out', dict(seeds=(0, 1), store=tmp_path / 'my store'), jobs=3, progress=lines.append)
+    papers.append(notebook(tmp_path / 'fig1.ipynb', 'import matplotlib.pyplot as plt; plt.plot([1, 2]);'))
+    one, two, three, figure = run_notebooks(papers, tmp_path / 'out', dict(seeds=(0, 1), store=tmp_path / 'my store'), jobs=3, progress=lines.append)
     outputs = nbformat.read(one.output, 4).cells[-1].outputs
     assert [o.text for o in outputs] == [f"{sys.executable} [0, 1] {tmp_path / 'my store'} {tmp_path / 'out'}\n"] and one.error == ''
     assert two.error.endswith('AssertionError: only three') and 'after' in nbformat.read(two.output, 4).cells[-1].source
     assert 'Kernel' in three.error
-    assert len(lines) == 3 and sum('failed' in l for l in lines) == 2
+    assert any('image/png' in o.get('data', {}) for o in nbformat.read(figure.output, 4).cells[-1].outputs)
+    assert len(lines) == 4 and sum('failed' in l for l in lines) == 2
     assert one.provenance['parameters'] == dict(seeds=[0, 1]) and two.provenance['error'] == two.error
     assert str(tmp_path) not in json.dumps(one.provenance)

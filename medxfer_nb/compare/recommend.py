@@ -33,7 +33,7 @@ def _range(c: Compared, sign=True) -> str:
     spec = '+.3f' if sign else '.3f'
     return f'{c.estimate:{spec}} [{c.interval[0]:{spec}}, {c.interval[1]:{spec}}]'
 
-# %% ../../nbs/api/compare/09_recommend.ipynb #94cbe01f
+# %% ../../nbs/api/compare/09_recommend.ipynb #ff0bdd93
 def tied_with_best(
     judgement: Judgement,
 ) -> tuple[str, ...]: # the best-placed arm first, then by falling score
@@ -44,12 +44,12 @@ def tied_with_best(
 def cheapest(
     results: Results,
     arms: Sequence[str],
-) -> str:
-    "The arm whose training costs least time; the first of equals, and of all if no time is known."
+) -> tuple[str, ...]: # in the given order; all if no time is known
+    "Arms whose training costs least time, those within a tenth of it included: a timing says no more."
     seconds = results.costs.seconds.reindex(list(arms)).astype(float)
-    return str(seconds.idxmin()) if seconds.notna().any() else arms[0]
+    return tuple(a for a in arms if not seconds[a] > 1.1*seconds.min())
 
-# %% ../../nbs/api/compare/09_recommend.ipynb #def97ce6
+# %% ../../nbs/api/compare/09_recommend.ipynb #f73672c1
 def _beat(judgement, arms, names, reference) -> str:
     "Which of the tied arms are better than a reference, as a clause; empty if it is one of them or missing."
     if reference not in judgement.references or judgement.references[reference] in arms: return ''
@@ -59,18 +59,19 @@ def _beat(judgement, arms, names, reference) -> str:
     who = {True: {1: 'it is', 2: 'both are'}.get(len(arms), 'all are'), False: f"{_list([names[a] for a in better])} {'is' if len(better) == 1 else 'are'}"}[len(better) == len(arms)]
     return f'; {who} better than {other}'
 
-def _use(names, tied, choice, fair) -> str:
+def _use(names, tied, fair, cheap) -> str:
     "What to use of the tied."
-    of = 'the cheapest of them to train' if len(fair) == len(tied) else 'the cheapest of them with no interval against it'
-    return f'Use {names[choice]}, {of}.'
+    of = 'of them' if len(fair) == len(tied) else 'of them with no interval against it'
+    why = f'the cheapest {of} to train' if len(cheap) == 1 else f'the best-placed of the cheapest {of} to train' if len(cheap) < len(fair) else f'the best-placed {of}; none is clearly cheaper to train'
+    return f'Use {names[cheap[0]]}, {why}.'
 
-def _headline(judgement, names, winner, tied, choice, fair) -> str:
+def _headline(judgement, names, winner, tied, fair, cheap) -> str:
     on = f"on {judgement.n_patients} patients with {judgement.n_seeds} repeat{'s'*(judgement.n_seeds != 1)}"
-    if len(names) == 1: return f'Only {names[choice]} could be judged: there is nothing to choose between.'
+    if len(names) == 1: return f'Only {names[tied[0]]} could be judged: there is nothing to choose between.'
     if winner: return f'Use {names[winner]}: {on} it is better than everything else that was tried.'
-    if not judgement.pairs.claim.any(): return f'No difference between the {len(names)} strategies can be claimed {on}. {_use(names, tied, choice, fair)}'
+    if not judgement.pairs.claim.any(): return f'No difference between the {len(names)} strategies can be claimed {on}. {_use(names, tied, fair, cheap)}'
     who = _list([names[a] for a in tied]) if len(tied) <= 4 else f'{len(tied)} of {len(names)} strategies'
-    return _sentence(f"{who} cannot be told apart {on}{_beat(judgement, tied, names, 'scratch')}. {_use(names, tied, choice, fair)}")
+    return _sentence(f"{who} cannot be told apart {on}{_beat(judgement, tied, names, 'scratch')}. {_use(names, tied, fair, cheap)}")
 
 # %% ../../nbs/api/compare/09_recommend.ipynb #6cf3d19e
 def _against_reference(judgement, names, reference) -> list[str]:
@@ -139,7 +140,7 @@ def _changes(judgement, names, winner, tied, choice, worth) -> tuple[str, ...]:
                          f'No number of patients or repeats within reason would show {pair}.',)
     return (f'Compared alone, {pair} would be found eight times in ten with {ways}.', 'These numbers rest on a spread between repeats that few repeats know badly: take them as orders of magnitude.')
 
-# %% ../../nbs/api/compare/09_recommend.ipynb #5acadfcd
+# %% ../../nbs/api/compare/09_recommend.ipynb #24b67527
 @dataclass(frozen=True)
 class Recommendation:
     "What to use, why, what to beware of, and what would change it."
@@ -174,6 +175,7 @@ def recommend(
     best = judgement.best
     winner = best if len(tied) == 1 < len(names) else None
     fair = [a for a in tied if a == best or a not in judgement.negative and judgement.compare(best, a).direction <= 0]
-    choice = winner or cheapest(results, fair)
-    return Recommendation(_headline(judgement, names, winner, tied, choice, fair), winner, choice, tied, _why(results, judgement, names, tied, choice),
+    cheap = cheapest(results, fair)
+    choice = winner or cheap[0]
+    return Recommendation(_headline(judgement, names, winner, tied, fair, cheap), winner, choice, tied, _why(results, judgement, names, tied, choice),
                           _warnings(results, judgement, names), _changes(judgement, names, winner, tied, choice, worth))

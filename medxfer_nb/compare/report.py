@@ -8,7 +8,7 @@ __all__ = ['Cell', 'Table', 'Picture', 'Folded', 'Part', 'number', 'as_cell', 'p
            'done_part', 'inspection_part', 'limits_part', 'provenance_part', 'page_parts', 'render_comparison',
            'score_rows', 'write_tables', 'comparison_notebook', 'write_notebook', 'write_comparison']
 
-# %% ../../nbs/api/compare/10b_report.ipynb #f5f7c15b
+# %% ../../nbs/api/compare/10b_report.ipynb #28642df0
 import base64, re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from markupsafe import Markup
 from .figures import (MEASURES, alt_text, crossing_texts, plot_bland_altman, plot_choices, plot_cost, plot_failures, plot_folds, plot_forest,
                                         plot_learning, plot_mixing, plot_reliability, plot_waterfall, table_row, worst_cases)
 from .judge import CLAIM, TRAINED_ONLY, Judgement, judge
-from .power import plan_more
+from .power import plan_more, variance_parts
 from .recommend import Recommendation, _noun, _sentence, recommend
 from .results import Results
 from ..evaluate.plots import paper_style
@@ -259,7 +259,7 @@ def data_part(contents: Contents) -> Part:
     said = [crossing_texts(contents.results, _baseline(contents))] if has else []
     return Part('more', 'Would more patients help?', lead, [*curve, *said, *filter(None, [_plan(contents)])])
 
-# %% ../../nbs/api/compare/10b_report.ipynb #77b4e2bc
+# %% ../../nbs/api/compare/10b_report.ipynb #bcbe7944
 _CORRECTIONS = {'bh': 'Benjamini and Hochberg', 'holm': 'Holm'}
 _TESTS = {'sign_flip': 'sign-flip', 'wilcoxon': 'Wilcoxon', 'delong': 'DeLong'}
 
@@ -283,11 +283,22 @@ def _pairs(contents: Contents) -> Table:
             for r in contents.judgement.pairs.itertuples()]
     return Table(['Pair', f'difference in {contents.measure}', 'p, adjusted', 'SD between repeats', 'SD between patients', 'SD of the rest'], rows)
 
+def _mixed(contents: Contents) -> Table | None:
+    "The same spread by the mixed model, per patient, for the recommended strategy against those that it is compared with."
+    j, choice = contents.judgement, contents.recommendation.choice
+    others = [a for a in dict.fromkeys((*j.references.values(), contents.rival)) if a and a != choice]
+    if j.n_seeds == 1 or not others: return None
+    what = 'Dice' if j.metric == 'dice' else 'log loss (not the AUC, which no single patient has)'
+    found = {a: variance_parts(contents.results, choice, a) for a in others}
+    rows = [[f'{contents.title(choice)} against {_noun(contents.title(a))}', *(Cell(number(v**.5), v) for v in (p.seed, p.patient, p.rest)), p.note] for a, p in found.items()]
+    return Table(['Pair', 'SD between repeats', 'SD between patients', 'SD of the rest', 'estimated by'], rows,
+                 f'Differences of {what} by a mixed model with patients and repeats as random effects: how far trainings differ, and how far patients do.')
+
 def certainty_part(contents: Contents) -> Part:
     "Guards, tests and variances."
     j = contents.judgement
     blocks = ['What would change the answer:', list(map(_minus, contents.recommendation.changes))] if contents.recommendation.changes else []
-    blocks += [Folded('All pairs, and where the spread comes from', [_pairs(contents)]), Folded('Exact tests of the trained models', [f'These tests are about {TRAINED_ONLY}.', _tests(contents)])]
+    blocks += [Folded('All pairs, and where the spread comes from', [_pairs(contents), *filter(None, [_mixed(contents)])]), Folded('Exact tests of the trained models', [f'These tests are about {TRAINED_ONLY}.', _tests(contents)])]
     claim = CLAIM if contents.folds > 1 else CLAIM.replace('seeds and folds', 'seeds on the same training patients')
     lead = f'One repeat: nothing is claimed. Intervals and p values are about {TRAINED_ONLY}.' if j.n_seeds == 1 else f'A claim is about {claim}. It rests on one interval over repeats and patients together, and on p values corrected for all comparisons ({_CORRECTIONS[j.correction]}).'
     return Part('certainty', 'How sure is this?', lead, blocks)

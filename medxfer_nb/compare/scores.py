@@ -59,17 +59,17 @@ def hd95(
     p, t = (torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (predicted, truth))
     return float(compute_hausdorff_distance(p, t, include_background=True, percentile=95, spacing=[float(s) for s in steps]))
 
-# %% ../../nbs/api/compare/02b_scores.ipynb #58733410
+# %% ../../nbs/api/compare/02b_scores.ipynb #058ed627
 def mask_scores(
     predicted: np.ndarray, # (L, Z, Y, X) bool
     truth: np.ndarray, # (L, Z, Y, X) bool
     names: Iterable[str], # Of the L structures
     steps: Sequence[float], # (z, y, x) from voxel to voxel, for distances
     spacing: Sequence[float], # The same in mm, for volumes; NaN where it is not known
-) -> dict[str, float]: # dice_<name> and their mean dice; hd95, the mean where it is defined; ml and predicted_ml of all structures together
+) -> dict[str, float]: # dice_<name> and their mean dice; hd95, the mean over structures that are there or predicted, NaN if one was missed or invented; ml and predicted_ml of all structures together
     "Scores of one case; 1 where a structure is neither there nor predicted."
     dice = {f'dice_{name}': overlap(p, t, True).dice for name, p, t in zip(names, predicted, truth, strict=True)}
-    distances = [d for p, t in zip(predicted, truth) if not np.isnan(d := hd95(p, t, steps))]
+    distances = [hd95(p, t, steps) for p, t in zip(predicted, truth) if p.any() or t.any()]
     ml = float(np.prod(spacing))/1000
     return dict(dice=float(np.mean(list(dice.values()))), hd95=float(np.mean(distances)) if distances else float('nan'),
                 ml=ml*int(truth.any(0).sum()), predicted_ml=ml*int(predicted.any(0).sum()), **dice)

@@ -64,7 +64,7 @@ def check_parameters(
     if checked.get('scale') == 'paper' and 'data_root' in found and not checked.get('data_root'): refuse('paper scale needs data_root')
     return checked
 
-# %% ../../nbs/api/repro/03_notebooks.ipynb #566e9c8c
+# %% ../../nbs/api/repro/03_notebooks.ipynb #b3ee93fe
 @dataclass(frozen=True)
 class Executed:
     "What became of a notebook"
@@ -84,7 +84,7 @@ def _kernel_environment(
     folder:Path, # A temporary folder
     threads:int # For OpenMP
 ) -> dict: # Environment variables
-    "Make `python3` mean this interpreter"
+    "Make `python3` mean this interpreter, and figures part of the notebook whatever backend the shell asks for"
     from ipykernel.kernelspec import get_kernel_dict
     spec = get_kernel_dict()
     spec['argv'] += ['--log-level=ERROR'] # Its start-up warnings would break the progress line
@@ -92,7 +92,8 @@ def _kernel_environment(
     home.mkdir(parents=True)
     (home/'kernel.json').write_text(json.dumps(spec))
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get('JUPYTER_PATH')]))
-    return dict(JUPYTER_PATH=path, IPYTHONDIR=str(folder/'ipython'), PYTHONWARNINGS='ignore', OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    return dict(JUPYTER_PATH=path, IPYTHONDIR=str(folder/'ipython'), MPLBACKEND='module://matplotlib_inline.backend_inline',
+                PYTHONWARNINGS='ignore', OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
 
 def _failure(e:Exception) -> str:
     "A failing cell in words"
