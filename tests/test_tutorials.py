@@ -21,7 +21,9 @@ def executed(tmp_path_factory):
     def run(path):
         if path not in folders:
             folders[path] = folder = tmp_path_factory.mktemp(path.stem)
-            papermill.execute_notebook(path, folder/path.name, dict(SMALL, out='results'), cwd=folder, progress_bar=False, log_output=False)
+            with pytest.MonkeyPatch.context() as m:  # Pictures are shown, whatever backend the tests themselves draw with
+                m.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+                papermill.execute_notebook(path, folder/path.name, dict(SMALL, out='results'), cwd=folder, progress_bar=False, log_output=False)
         return folders[path]
     return run
 
