@@ -13,7 +13,7 @@ help:
 	@echo "make reproduce   draw every table and figure of the papers at demo scale (ARGS=--dry-run prints the plan)"
 	@echo "make test        every check: notebooks, papers at smoke scale, command line, faults, site"
 	@echo "make docs        build the site offline into _docs/"
-	@echo "make bench       the speed ratios of benchmarks/"
+	@echo "make bench       the speed ratios of benchmarks/, half an hour on an idle machine (ARGS='--only merge')"
 
 setup: $(READY)
 
@@ -35,7 +35,7 @@ docs: $(READY)
 	$(BIN)/python .ci/build_site.py
 
 bench: $(READY)
-	@for f in benchmarks/*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean:
 	rm -rf _proc _docs build dist results

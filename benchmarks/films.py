@@ -1,9 +1,9 @@
 """How fast are virtual films rendered, and how hard are they?
 
-Speed: 1,000 films at 96 px may take three minutes on two cores; measured on a part of them, in processor time (so that
-another program running beside it does not count), and against the bare projection of the unwarped CT.
+Speed: 1,000 films at 96 px may take three minutes on two cores; measured on a part of them, in processor time, and
+beside the bare projection of the unwarped CT.
 
-    python benchmarks/films.py
+    python benchmarks/films.py [--films 32] [--size 96]
 
 Difficulty: the AUC of a frozen ImageNet encoder with a logistic head, five folds grouped by patient, on films of the
 split `calibrate`, which nothing else uses. This is how the numbers in `COHORTS` were chosen; the notebook of
@@ -11,18 +11,26 @@ split `calibrate`, which nothing else uses. This is how the numbers in `COHORTS`
 
     python benchmarks/films.py --calibrate 1000
 """
-import argparse, sys, tempfile, time
-import numpy as np, pandas as pd, torch
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pandas as pd
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
 from medxfer_nb.data.assets import fetch
 from medxfer_nb.data.films import COHORTS, load_anatomy, project, virtual_films
 from medxfer_nb.models.colorize import load_backbone
+from turns import Race, main
 
-FILMS, SIZE, CORES, LIMIT = 100, 96, 2, 180
+CORES, LIMIT = 2, 180  # 1,000 films at 96 px may take three minutes on two cores
+
 
 def pooled_features(cases):
     "(N,1280) features of the gray films, copied to three channels"
@@ -49,24 +57,23 @@ def calibrate(n, size=64):
         table = frozen_auc(virtual_films(name, 'calibrate', n, size))
         print(f'{name}: {n:,} films at {size} px, mean AUC {table.auc.mean():.3f}', table.round(3).to_string(), sep='\n', flush=True)
 
-def processor_seconds(work):
-    "Time of all threads together"
+def processor_seconds(work) -> float:
+    "Time of all threads together, so that another program beside it does not count."
     start = time.process_time()
     work()
     return time.process_time() - start
 
-def main():
+
+def rendering(a) -> Race:
     volume = load_anatomy().hu.permute(0, 2, 1)
-    with tempfile.TemporaryDirectory() as folder:
-        films = processor_seconds(lambda: virtual_films('virtual-chest', 'calibrate', FILMS, SIZE, cache=folder)) / FILMS
-    plain = processor_seconds(lambda: [project(volume, 2.8, .3) for _ in range(FILMS)]) / FILMS
-    print(f'1,000 films at {SIZE} px: {1000 * films / CORES:.0f} s on {CORES} free cores (limit {LIMIT} s); '
-          f'one film costs {films / plain:.1f} projections of the bare CT')
-    return 1000 * films / CORES <= LIMIT
+    def films():
+        with tempfile.TemporaryDirectory() as folder: virtual_films('virtual-chest', 'calibrate', a.films, a.size, cache=folder, progress=lambda line: None)
+    def bare():
+        for _ in range(a.films): project(volume, 2.8, .3)
+    tasks = {'3 minutes for 1,000': lambda: LIMIT*CORES/1000*a.films, 'virtual films': lambda: processor_seconds(films), 'projections of the bare CT': lambda: processor_seconds(bare)}
+    return Race('rendering, processor time', tasks, {'virtual films': 1.}, f'{a.films} films of {a.size} px')
+
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--calibrate', type=int, metavar='N', help='measure the difficulty on N films instead')
-    n = parser.parse_args().calibrate
-    if n: calibrate(n)
-    else: sys.exit(not main())
+    if '--calibrate' in sys.argv: calibrate(int(sys.argv[sys.argv.index('--calibrate') + 1]))
+    else: sys.exit(not main(__doc__, [rendering], tiny=dict(films=1, size=32), films=32, size=96))

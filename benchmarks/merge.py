@@ -3,18 +3,16 @@
 Mode-IMM reads the parameters and the Fisher information of three networks and writes one: the copy moves the same six
 sets of tensors, five into memory that exists and one, as the result, into new memory. The merge may take twice as long,
 checks included. The peer is Eq. 2 as it is usually written: a Python loop over the state dict, whole tensors at a time.
-All in turns that rotate; a ratio is the median of the turns' ratios to the copy.
 
     python benchmarks/merge.py [--turns 15] [--sources 3] [--base 16]
 """
-import argparse, statistics, sys, time
+import sys
 
 import torch
 
 from medxfer_nb.models.unet3d import unet3d
 from medxfer_nb.transfer.merge import mean_imm, mode_imm
-
-LIMIT = 2.
+from turns import Race, main
 
 
 def state_dict_loop(sources, fishers) -> dict:
@@ -23,9 +21,9 @@ def state_dict_loop(sources, fishers) -> dict:
     for name in sources[0]:
         above, below = 0, 0
         for theta, fisher in zip(sources, fishers):
-            above = above + fisher[name] * theta[name] / len(sources)
-            below = below + fisher[name] / len(sources)
-        merged[name] = above / below
+            above = above + fisher[name]*theta[name]/len(sources)
+            below = below + fisher[name]/len(sources)
+        merged[name] = above/below
     return merged
 
 
@@ -39,34 +37,15 @@ def copying(sources, fishers):
     return run
 
 
-def seconds(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def main() -> bool:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(turns=15, sources=3, base=16).items(): parser.add_argument(f'--{name}', type=int, default=default)
-    a = parser.parse_args()
-    start = {name: p.detach() for name, p in unet3d(4, 3, base=a.base, seed=0).named_parameters()}
-    torch.manual_seed(0)
-    sources = [{name: p + 0.01 * torch.randn_like(p) for name, p in start.items()} for _ in range(a.sources)]
+def merging(a) -> Race:
+    start = {name: p.detach().to(a.device) for name, p in unet3d(4, 3, base=a.base, seed=0).named_parameters()}
+    sources = [{name: p + 0.01*torch.randn_like(p) for name, p in start.items()} for _ in range(a.sources)]
     fishers = [{name: torch.rand_like(p) + 1e-6 for name, p in start.items()} for _ in range(a.sources)]
-    runs = {'copy': copying(sources, fishers), 'mode-IMM': lambda: mode_imm(sources, fishers), 'mode-IMM, trusted': lambda: mode_imm(sources, fishers, ancestry='trust'),
-            'mean-IMM': lambda: mean_imm(sources), 'state dict loop': lambda: state_dict_loop(sources, fishers)}
-    print(f'{a.sources} networks of {sum(p.numel() for p in start.values())/1e6:.1f} M parameters, {torch.get_num_threads()} threads')
-    merged, peer = runs['mode-IMM'](), runs['state dict loop']()
+    tasks = {'copy': copying(sources, fishers), 'mode-IMM': lambda: mode_imm(sources, fishers), 'mode-IMM, ancestry trusted': lambda: mode_imm(sources, fishers, ancestry='trust'),
+             'mean-IMM': lambda: mean_imm(sources), 'loop over the state dict': lambda: state_dict_loop(sources, fishers)}
+    merged, peer = tasks['mode-IMM'](), tasks['loop over the state dict']()
     for name in merged: torch.testing.assert_close(merged[name], peer[name], rtol=1e-4, atol=1e-5)
-    names, turns = list(runs), []
-    for turn in range(a.turns + 1):
-        order = names[turn % len(names):] + names[:turn % len(names)]
-        turns.append({name: seconds(runs[name]) for name in order})
-    turns = turns[1:] # the first one warms up
-    ratios = {name: statistics.median(t[name] / t['copy'] for t in turns) for name in names}
-    for name in names: print(f'{name:18s} {1000 * statistics.median(t[name] for t in turns):8.1f} ms   ratio {ratios[name]:.2f}')
-    print(f'mode-IMM over copy {ratios["mode-IMM"]:.2f} (at most {LIMIT}); over the loop {ratios["mode-IMM"] / ratios["state dict loop"]:.2f}')
-    return ratios['mode-IMM'] <= LIMIT
+    return Race('merge', tasks, {'mode-IMM': 2.}, f'{a.sources} networks of {sum(p.numel() for p in start.values())/1e6:.1f} M parameters')
 
 
-if __name__ == '__main__': sys.exit(not main())
+if __name__ == '__main__': sys.exit(not main(__doc__, [merging], tiny=dict(base=2), sources=3, base=16))

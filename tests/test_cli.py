@@ -44,7 +44,7 @@ def papers(folder, **cells):
 def home(tmp_path, monkeypatch):
     "A user's folder"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('MEDXFER_STORE', raising=False)
+    for name in ('MEDXFER_STORE', 'MEDXFER_SCHEDULER'): monkeypatch.delenv(name, raising=False)
     papers(tmp_path / 'papers', tab1_strategies=TABLE, fig5_labels='print(7)')
     return tmp_path
 
@@ -65,6 +65,8 @@ def test_help_is_there_at_once():
     (['reproduce', '--only', 'tab9'], 'tab1_strategies'), (['reproduce', '--only', 'tab1,tab'], 'tab1_strategies'), (['reproduce', '--seeds', '0,x'], '--seeds 0,1,2'),
     (['reproduce', '--seeds', '1,1'], 'twice'), (['reproduce', '--jobs', '-1'], '1 or more'), (['reproduce', '--jobs', '0'], '1 or more'), (['reproduce', '--scale', 'paper'], 'needs --data-root'),
     (['reproduce', '--data-root', 'nowhere'], 'not a folder'), (['reproduce', '--notebooks', 'nowhere'], 'give --notebooks'),
+    (['reproduce', '--scheduler', 'tcp://head:8786', '--jobs', '2'], '--jobs is for this machine'), (['reproduce', '--cluster', 'none.yaml'], 'none.yaml: cannot be read'),
+    (['reproduce', '--scheduler', 'tcp://head:8786', '--cluster', 'none.yaml'], 'exclude each other'), (['compare', '--scheduler', 'tcp://head:8786', '--jobs', '2'], '--jobs is for this machine'),
     (['runs', '--prune', 'old'], 'choose stale, damaged, unfinished, all'), (['assets', 'fetch', 'chest'], 'choose chest-ct,'), (['report', '--scale', 'big'], 'choose smoke'),
     (['report', '--out', 'nowhere'], 'medxfer reproduce')])
 def test_bad_arguments_name_the_valid_ones(home, args, valid):
@@ -142,6 +144,22 @@ def test_failures_are_told_and_the_others_go_on(quick, monkeypatch):
     assert len(Store(quick / 'results/store').keys()) == 1
     again = run(*REPRODUCE, '--dry-run').output
     assert '1 to train' in again and '2 of 3 notebooks to execute' in again  # What failed is tried again, what went well is not
+
+
+def test_runs_are_trained_where_a_scheduler_says(quick, monkeypatch):
+    "And what is stored needs no scheduler"
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, protocol='tcp://', dashboard_address=None) as cluster: address = train_and_draw(cluster.scheduler_address)
+    monkeypatch.setenv('MEDXFER_SCHEDULER', address)
+    assert '0 of 2 notebooks to execute' in run(*REPRODUCE).output
+    lost = run(*REPRODUCE, '--seeds', '2')
+    assert lost.exit_code == 1 and lost.output.rstrip().endswith('and workers with `dask worker ADDRESS --nthreads 1`') and f'no scheduler answers at {address}' in lost.output
+
+
+def train_and_draw(address):
+    done = run(*REPRODUCE, '--scheduler', address)
+    assert done.exit_code == 0 and 'run 2 of 2' in done.output and done.output.rstrip().endswith('report: results/smoke/report.html'), done.output
+    return address
 
 
 def test_an_earlier_section_does_not_pass_for_one_that_could_not_be_drawn(quick, monkeypatch):

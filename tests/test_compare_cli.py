@@ -43,7 +43,7 @@ def test_options_reach_the_library(asked, tmp_path):
     assert result.exit_code == 0, result.output
     given = asked['compare']
     assert given.pop('progress') and given == dict(cases=tmp_path/'cases.csv', task='segmentation', sources=('imagenet:lite0', 'b.safetensors'), strategies=['full', 'l2sp'], budget='2h',
-        out=tmp_path/'out', labels=dict(core=(4,), whole=(1, 4)), dimension=2, size=96, jobs=3, seed=7, dry_run=False)
+        out=tmp_path/'out', labels=dict(core=(4,), whole=(1, 4)), dimension=2, size=96, jobs=3, seed=7, dry_run=False, cluster=None)
     assert 'hand_over' in asked and 'row 3 and row 7' in result.output and 'no memory' in result.output and 'medxfer predict' in result.output
 
 

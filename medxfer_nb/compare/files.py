@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['TableError', 'medium', 'RawCase', 'read_series', 'read_raw', 'read_mask', 'check_on_grid', 'content_hash']
 
-# %% ../../nbs/api/compare/00a_files.ipynb #dc296d4a
+# %% ../../nbs/api/compare/00a_files.ipynb #57b4d952
 import hashlib, json
 from dataclasses import dataclass
 from pathlib import Path
-import nibabel as nib, numpy as np
-from PIL import Image
+import numpy as np
 from pydicom import dcmread
 from ..data.brain import _read_4d
-from ..data.cases import CaseError
-from ..data.ct import CTError, Grid, read_dicom_series, read_nifti, _arrange, _check_place, _check_same, _is_hu, _read_headers
-from ..data.pixels import PixelError, read_pixels, _decoder_advice, _modality, _why
+from ..data.cases import CaseError, open_raster
+from ..data.ct import (CTError, Grid, SPACINGS, read_dicom_series, read_nifti, _check_place, _is_hu, _on_scale, _open_nifti, _read_headers, _read_slice,
+                                     _series_grid)
+from ..data.pixels import PixelError, read_pixels, _why
 
 # %% ../../nbs/api/compare/00a_files.ipynb #27a8bbb4
 class TableError(CaseError):
@@ -49,7 +49,7 @@ class RawCase:
         "Whether the values of every channel can be Hounsfield units; those of PET beside a CT cannot"
         return self.grid is not None and all(_is_hu(float(channel.min()), float(channel.max())) for channel in self.image)
 
-# %% ../../nbs/api/compare/00a_files.ipynb #3db99237
+# %% ../../nbs/api/compare/00a_files.ipynb #304996ad
 def _pixel_spacing(
     path:Path # Image file
 ) -> tuple: # mm (z,y,x), NaN where nobody knows
@@ -57,26 +57,21 @@ def _pixel_spacing(
     unknown = (np.nan,) * 3
     with open(path, 'rb') as f:
         if f.read(132)[128:] != b'DICM': return unknown
-    header = dcmread(path, stop_before_pixels=True, specific_tags=['PixelSpacing', 'ImagerPixelSpacing'])
-    pair = header.get('PixelSpacing') or header.get('ImagerPixelSpacing')
-    return (np.nan, *map(float, pair)) if pair and len(pair) == 2 and min(map(float, pair)) > 0 else unknown
+    try:
+        header = dcmread(path, stop_before_pixels=True, specific_tags=['PixelSpacing', 'ImagerPixelSpacing'])
+        pair = np.ravel(header.get('PixelSpacing') or header.get('ImagerPixelSpacing') or ()).astype(float)
+    except Exception as e: raise PixelError(f'{path}: damaged header: {_why(e)}') from e # pydicom decodes a value when it is asked for
+    if not len(pair): return unknown
+    if len(pair) != 2 or not ((SPACINGS[0] <= pair) & (pair <= SPACINGS[1])).all():
+        raise PixelError(f'{path}: pixels of {" x ".join(f"{p:.3g}" for p in pair)} mm; two numbers from {SPACINGS[0]:g} to {SPACINGS[1]:g} are accepted: correct the header')
+    return (np.nan, *pair.tolist())
 
 def _read_image(path:Path) -> RawCase:
     "A PNG, JPEG or DICOM image"
     pixels = read_pixels(path)
     return RawCase(pixels[None, None], _pixel_spacing(path))
 
-# %% ../../nbs/api/compare/00a_files.ipynb #7061643f
-def _slice_values(
-    path:Path # DICOM file
-) -> np.ndarray: # (rows,columns) float32
-    "One slice on the modality's scale"
-    try: ds = dcmread(path)
-    except Exception as e: raise CTError(f'{path}: cannot read: {_why(e)}') from e # pydicom raises many types for damaged files
-    try: return np.asarray(_modality(ds.pixel_array, ds), np.float32)
-    except Exception as e:
-        raise CTError(f"{path}: cannot decode: {_why(e)}{_decoder_advice(ds.file_meta.get('TransferSyntaxUID'))}") from e
-
+# %% ../../nbs/api/compare/00a_files.ipynb #9da640da
 def read_series(
     folder:Path # The slices of one series, of any modality
 ) -> tuple: # (Z,Y,X) float32, `Grid`
@@ -85,20 +80,18 @@ def read_series(
     if {ds.get('Modality') for _, ds in slices} == {'CT'}:
         volume = read_dicom_series(folder)
         return volume.image, volume.grid
-    for path, ds in slices:
-        _check_place(path, ds)
-        if int(ds.get('NumberOfFrames') or 1) > 1: raise CTError(f'{path}: several frames in one file: export one file a slice')
-    _check_same(slices)
-    names, affine = _arrange(slices)
-    stack = np.stack([_slice_values(p) for p in names]).T
-    grid = Grid(stack.shape, affine)
+    for path, ds in slices: _check_place(path, ds)
+    names, grid = _series_grid(folder, slices)
+    stack = np.stack([_on_scale(p, *_read_slice(p)) for p in names]).T
     return grid.normalise(stack), grid
 
 def _read_volume(path:Path) -> RawCase:
     "A NIfTI file, with channels along its fourth axis if it has one, or a DICOM series"
     if medium(path) == 'series': parts = [read_series(path)]
     else:
-        try: shape = nib.load(path).shape
+        try:
+            with _open_nifti(path, whole=False) as image: shape = image.shape
+        except CTError as e: raise CTError(f'{path}: {e}') from e
         except Exception as e: raise CTError(f'{path}: cannot read as NIfTI: {_why(e)}') from e # nibabel raises many types for damaged files
         parts = _read_4d(path, tuple(range(shape[3]))) if len(shape) == 4 and shape[3] > 1 else [read_nifti(path)]
     grid = parts[0][1]
@@ -110,21 +103,18 @@ def read_raw(
     "What a file holds; `CaseError` names a file that cannot be read"
     return _read_image(path) if medium(path) == 'image' else _read_volume(path)
 
-# %% ../../nbs/api/compare/00a_files.ipynb #017ce562
+# %% ../../nbs/api/compare/00a_files.ipynb #df394dd0
 def _read_mask_image(
     path:Path # PNG
 ) -> np.ndarray: # (1,H,W) whole numbers
     "Numbers of a mask as they are stored"
-    try:
-        with Image.open(path) as im:
-            if im.format != 'PNG': raise PixelError(f'{path}: a mask as {im.format}: save it as PNG, which keeps its numbers')
-            if im.mode in ('LA', 'RGB', 'RGBA'):
-                values = np.asarray(im.convert('RGB'))
-                if (values != values[..., :1]).any(): raise PixelError(f'{path}: a mask in colours: save it in gray, with a number for each structure')
-                return values[None, ..., 0]
-            return np.asarray(im).astype(np.int32)[None]
-    except CaseError: raise
-    except Exception as e: raise PixelError(f'{path}: damaged mask file: {_why(e)}') from e # Pillow raises many types for damaged files
+    with open_raster(path, PixelError) as im:
+        if im.format != 'PNG': raise PixelError(f'{path}: a mask as {im.format}: save it as PNG, which keeps its numbers')
+        if im.mode in ('LA', 'RGB', 'RGBA'):
+            values = np.asarray(im.convert('RGB'))
+            if (values != values[..., :1]).any(): raise PixelError(f'{path}: a mask in colours: save it in gray, with a number for each structure')
+            return values[None, ..., 0]
+        return np.asarray(im).astype(np.int32)[None]
 
 def read_mask(
     path:Path # PNG, NIfTI or folder of a DICOM series

@@ -458,7 +458,7 @@ def _repr_html_(self:Inspection) -> str:
 
 Inspection._repr_html_ = _repr_html_
 
-# %% ../../nbs/api/compare/01_inspect.ipynb #a88ce3f5
+# %% ../../nbs/api/compare/01_inspect.ipynb #d5500b36
 def _save(
     self:Inspection,
     folder:Path # Of the results
@@ -481,7 +481,8 @@ def load_inspection(
 ) -> Inspection:
     "What `Inspection.save` kept"
     path = Path(folder)/'inspection.json'
-    try: d = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise TableError(f'{path}: cannot read the inspection: {e}; inspect the table again') from e
-    findings = tuple(Finding(**{**f, 'rows': tuple(f['rows'])}) for f in d['findings'])
-    return Inspection(d['name'], d['n_cases'], d['n_patients'], findings, np.array(d['groups'], np.int64), pd.DataFrame(d['counts']))
+    try:
+        d = json.loads(path.read_text(encoding='utf-8'))
+        findings = tuple(Finding(**{**f, 'rows': tuple(f['rows'])}) for f in d['findings'])
+        return Inspection(d['name'], d['n_cases'], d['n_patients'], findings, np.array(d['groups'], np.int64), pd.DataFrame(d['counts']))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e: raise TableError(f'{path}: cannot read the inspection: {e}; inspect the table again') from e

@@ -147,14 +147,15 @@ def _card(pool:Pool, key:str) -> dict:
     return dict(version=POOL_VERSION, key=key, kind=pool.kind, name=pool.name, labels=pool.labels, exclusive=pool.exclusive, regions=pool.regions,
                 channels=channels, preprocessing=pool.preprocessing, fingerprint=pool.fingerprint())
 
-# %% ../../nbs/api/compare/00b_pool.ipynb #aedd385d
+# %% ../../nbs/api/compare/00b_pool.ipynb #f7a391e1
 def _from_card(
     folder:Path, card:dict # Contents of `pool.json`
 ) -> Pool:
     "A pool whose arrays stay on disk"
     files, labels = card['files'], tuple(card['labels'])
-    with np.load(folder/files['tables']) as z: t = dict(z)
-    arrays = {k: np.load(folder/f, mmap_mode='r') for k, f in files.items() if k != 'tables'}
+    if outside := [f for f in files.values() if Path(f).name != f]: raise TableError(f'{outside[0]} lies outside of the folder')
+    with np.load(folder/files['tables'], allow_pickle=False) as z: t = dict(z)
+    arrays = {k: np.load(folder/f, mmap_mode='r', allow_pickle=False) for k, f in files.items() if k != 'tables'}
     data = _data(card['kind'], arrays, t, labels, tuple(card['channels']), card['name'])
     return Pool(card['kind'], data, t['cases'], t['patients'], labels, t['weights'], t['split'], t['spacings'],
                 {k: tuple(v) for k, v in card['regions'].items()}, card['exclusive'], card['preprocessing'], card['name'])
@@ -167,11 +168,12 @@ def load_pool(
     folder, remedy = Path(folder), 'delete the folder and prepare the cases again'
     try: card = json.loads((folder/'pool.json').read_text())
     except FileNotFoundError: raise TableError(f'{folder}: no pool in it: prepare the cases first') from None
-    except ValueError as e: raise TableError(f'{folder}/pool.json: damaged: {remedy}') from e
+    except (ValueError, RecursionError) as e: raise TableError(f'{folder}/pool.json: damaged: {remedy}') from e
+    if not isinstance(card, dict): raise TableError(f'{folder}/pool.json: damaged: {remedy}')
     if card.get('version') != POOL_VERSION: raise TableError(f"{folder}: a pool of another version ({card.get('version')}): {remedy}")
     try: pool = _from_card(folder, card)
-    except (OSError, ValueError, KeyError) as e: raise TableError(f'{folder}: damaged pool: {_why(e)}: {remedy}') from e
-    if check and pool.fingerprint() != card['fingerprint']: raise TableError(f'{folder}: the pool has changed since it was written: {remedy}')
+    except Exception as e: raise TableError(f'{folder}: damaged pool: {_why(e)}: {remedy}') from e # NumPy, zipfile and zlib raise many types for damaged files
+    if check and pool.fingerprint() != card.get('fingerprint'): raise TableError(f'{folder}: the pool has changed since it was written: {remedy}')
     return pool
 
 def _finish(
@@ -200,8 +202,9 @@ def _save_pool(pool:Pool, folder:Path) -> Path:
 
 def _stored(folder:Path) -> dict:
     "`pool.json`, or nothing"
-    try: return json.loads((folder/'pool.json').read_text())
-    except (OSError, ValueError): return {}
+    try: card = json.loads((folder/'pool.json').read_text())
+    except (OSError, ValueError, RecursionError): return {}
+    return card if isinstance(card, dict) else {}
 
 # %% ../../nbs/api/compare/00b_pool.ipynb #dd3096f2
 class _Rows:

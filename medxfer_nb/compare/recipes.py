@@ -8,7 +8,7 @@ __all__ = ['scratch', 'full', 'logistic_head', 'fit_head', 'linear_probe', 'deco
            'timm', 'fit_colour', 'color_pixelshuffle', 'color_deconv', 'color_coloru', 'color_affine', 'weight_sum',
            'Arm', 'arms_for']
 
-# %% ../../nbs/api/compare/04_recipes.ipynb #acbeeb04
+# %% ../../nbs/api/compare/04_recipes.ipynb #e05ffa25
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 # some of these are here for those who import this module only
 from .trials import (LRS, NO_SOURCE, RECIPES, Recipe, RecipeError, Trial, TrialResult, candidates, get_recipe, recipe, recipe_code, register_recipe,
                                        run_trial, split_steps, unrelated)
-from ..models.colorize import evaluating
+from ..transfer.features import frozen_features
 from ..transfer.l2sp import L2SP
 from ..transfer.merge import load_merged, mean_imm, mode_imm
 from ..transfer.timm import AdaptiveMerge, KeepRatios, adapting, fit_until
@@ -40,23 +40,16 @@ def full(trial: Trial) -> TrialResult:
     trial.fit(net, lr=trial.hyper['lr'])
     return trial.result(net)
 
-# %% ../../nbs/api/compare/04_recipes.ipynb #2a24bc3b
+# %% ../../nbs/api/compare/04_recipes.ipynb #d53d951e
 @patch
 def features(self: Trial,
     net: nn.Module, # Ends in a linear layer
     rows: np.ndarray, # N cases of a pool of films
 ) -> tuple[Tensor, Tensor]: # What goes into the last layer (N, F); targets
     "Features of cases, without augmentation."
-    seen, targets, head = [], [], _head(self, net)
+    head = _head(self, net)
     self.learner(net) # device, layout and precision as in training
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
-    try:
-        with evaluating(net):
-            for x, y in self.task.eval_loader(self.pool, rows):
-                net(x)
-                targets.append(y.detach().cpu().as_subclass(Tensor))
-    finally: hook.remove()
-    return torch.cat(seen), torch.cat(targets)
+    return frozen_features(net, self.task.eval_loader(self.pool, rows), head)
 
 def _head(trial: Trial, net: nn.Module) -> nn.Linear: # Last of what is fresh
     head = trial.task.fresh_modules(net)[-1]

@@ -6,8 +6,8 @@
 __all__ = ['CURVES', 'NOTES', 'RATIOS', 'COSTS', 'ResultsError', 'fold_auc', 'Results', 'by_patient', 'per_patient',
            'repeat_scores', 'load_results']
 
-# %% ../../nbs/api/compare/06a_results.ipynb #a146dee9
-import json, zipfile
+# %% ../../nbs/api/compare/06a_results.ipynb #6356a7b0
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +130,7 @@ def repeat_scores(
     if results.metric == 'dice': return np.nanmean(per_patient(results, arm, 'dice'), 1)
     return np.array([np.nanmean(fold_auc(results.targets, o, f)) for o, f in zip(results.outputs[arm], results.folds)])
 
-# %% ../../nbs/api/compare/06a_results.ipynb #6521603f
+# %% ../../nbs/api/compare/06a_results.ipynb #e0e2b319
 _FRAMES, _ARRAYS = ('costs', 'curves', 'notes', 'ratios'), ('patients', 'targets', 'folds')
 _PLAIN = ('task', 'metric', 'labels', 'exclusive', 'arms', 'titles', 'seeds', 'failures', 'left_out', 'provenance')
 
@@ -154,14 +154,10 @@ def save(
     write_json(folder/'results.json', {n: getattr(self, n) for n in _PLAIN} | {n: _pack(getattr(self, n)) for n in _FRAMES})
     return folder
 
-def load_results(
-    folder: str | Path,    # Of `Results.save`
-) -> Results:
-    "Results as they were saved."
-    try:
-        plain = json.loads((Path(folder)/'results.json').read_text(encoding='utf-8'))
-        with np.load(Path(folder)/'results.npz', allow_pickle=False) as f: arrays = dict(f)
-    except (OSError, ValueError, zipfile.BadZipFile) as e: raise ResultsError(f'{folder} holds no results that can be read ({type(e).__name__}): run the comparison again, its runs are kept') from None
+def _read(folder: Path) -> Results:
+    "Both files, taken for what `Results.save` wrote"
+    plain = json.loads((folder/'results.json').read_text(encoding='utf-8'))
+    with np.load(folder/'results.npz', allow_pickle=False) as f: arrays = dict(f)
     parts = {n: {} for n in ('outputs', 'scores', 'examples')}
     for key, a in arrays.items():
         what, _, which = key.partition('/')
@@ -170,3 +166,11 @@ def load_results(
         if what == 'scores': parts[what].setdefault(plain['arms'][int(which.split('/')[0])], {})[which.split('/')[1]] = a
     plain |= {n: tuple(plain[n]) for n in ('labels', 'arms', 'seeds')} | {n: _unpack(plain[n]) for n in _FRAMES}
     return Results(**plain, **{n: arrays.get(n) for n in _ARRAYS}, **parts)
+
+def load_results(
+    folder: str | Path,    # Of `Results.save`
+) -> Results:
+    "Results as they were saved."
+    try: return _read(Path(folder))
+    except Exception as e: # JSON, zipfile, zlib and NumPy raise many types for damaged files, and other files hold anything
+        raise ResultsError(f'{folder} holds no results that can be read ({type(e).__name__}): run the comparison again, its runs are kept') from None

@@ -73,7 +73,7 @@ def read_state(
     if not state: raise SourceError(f'{path} holds no tensors: save `net.state_dict()` there')
     return state
 
-# %% ../../nbs/api/compare/02_sources.ipynb #0fa3acd1
+# %% ../../nbs/api/compare/02_sources.ipynb #a96470e9
 @lru_cache(maxsize=4)
 def imagenet_state(
     architecture: str, # timm name
@@ -117,7 +117,9 @@ class Source:
         "Fisher information of the weights."
         if self.fisher is None: return None
         self.check()
-        if self.fisher != self.path: return load_fisher(self.fisher).values
+        if self.fisher != self.path:
+            try: return load_fisher(self.fisher).values
+            except (LookupError, TypeError, RecursionError) as e: raise SourceError(f'{self.fisher} holds no Fisher information ({type(e).__name__}): compute it anew') from e
         return {k.removeprefix('fisher.'): v for k, v in read_state(self.path).items() if k.startswith('fisher.')}
 
     def to_file(self, path: str | Path) -> Path: # NAME.safetensors; its card and Fisher information go beside it
@@ -161,15 +163,16 @@ def is_architecture(name: str) -> bool: # Does timm know it, or is it a 3-D U-Ne
 
 def _unknown(name): return f"no architecture {name!r}: give a timm name such as densenet121 ({', '.join(timm.list_models(f'*{name[:6]}*')[:4]) or 'none is similar'}), or unet3d"
 
-# %% ../../nbs/api/compare/02_sources.ipynb #bc5a6165
+# %% ../../nbs/api/compare/02_sources.ipynb #031d96c0
 def _tidy(text: str) -> str: return re.sub(r'[^A-Za-z0-9_.-]+', '-', text).strip('-.') or 'source'
 
 def _card(path: Path) -> dict: # The card beside a file; empty: there is none
     file = path.with_suffix('.json')
     if not file.is_file(): return {}
     try: card = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise SourceError(f'{file}, the card of {path.name}, is damaged: {e}: repair it, or move it away') from e
+    except (ValueError, RecursionError) as e: raise SourceError(f'{file}, the card of {path.name}, is damaged: {e}: repair it, or move it away') from e
     if not isinstance(card, dict): raise SourceError(f'{file} is no card of {path.name}: a card is a JSON object such as {{"architecture": "densenet121"}}; move it away')
+    if not isinstance(card.get('architecture', ''), str): raise SourceError(f'{file}: the architecture is a name, not {card["architecture"]!r}: correct it, or move the card away')
     return card
 
 def _metadata(path: Path) -> dict: # Of a safetensors file
@@ -213,7 +216,7 @@ def parse_source(
     if is_architecture(LITE.get(text, text)): raise SourceError(f'is {text!r} a file? ImageNet weights are given as imagenet:{text}')
     return _file(Path(text).expanduser().absolute())
 
-# %% ../../nbs/api/compare/02_sources.ipynb #35fb82be
+# %% ../../nbs/api/compare/02_sources.ipynb #acb8f593
 def parse_sources(
     texts: Iterable[str | Path | Source], # See `parse_source`
 ) -> tuple[Source, ...]:
@@ -237,8 +240,8 @@ def read_sources(
     path: str | Path, # From `write_sources`
 ) -> tuple[Source, ...]:
     "Read a list of sources."
-    entries = json.loads(Path(path).read_text())
-    return tuple(Source(**{k: Path(v) if k in ('path', 'fisher') and v else v for k, v in e.items()}) for e in entries)
+    try: return tuple(Source(**{k: Path(v) if k in ('path', 'fisher') and v else v for k, v in e.items()}) for e in json.loads(Path(path).read_text()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as e: raise SourceError(f'{path} is no list of sources ({type(e).__name__}): name the sources again') from e
 
 # %% ../../nbs/api/compare/02_sources.ipynb #de47f03b
 def body_prefix(

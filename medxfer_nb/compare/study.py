@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SIZES', 'BATCH', 'CORE', 'LEAST_PATIENTS', 'AFTER', 'NO_TIME', 'MEMORY', 'Clock', 'read_cases', 'default_size',
            'items_per_step', 'default_sources', 'joined', 'write_patients', 'own_architecture', 'carried', 'asked',
-           'stored_plan', 'with_curve', 'make_plan', 'plan_by_hand', 'threads', 'Punctual', 'InTurn', 'SideBySide',
-           'run_in_time', 'carried_out', 'Comparison', 'compare_strategies', 'default_jobs']
+           'stored_plan', 'with_curve', 'make_plan', 'plan_by_hand', 'threads', 'Punctual', 'InTurn', 'Several',
+           'SideBySide', 'OnCluster', 'run_in_time', 'carried_out', 'Comparison', 'compare_strategies', 'default_jobs']
 
-# %% ../../nbs/api/compare/07_study.ipynb #de81be9a
+# %% ../../nbs/api/compare/07_study.ipynb #4bf1e012
 import json, math, time
+from contextlib import nullcontext
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -29,6 +30,7 @@ from .runs import gather, masks_of, runs_for, write_study
 from .sources import parse_sources
 from .table import CaseTable, Pool, hashed, pool_kind, prepare, read_table, salt, virtual_table
 from .tasks import task_for
+from ..repro.cluster import Dask
 from ..repro.jobs import Outcome, Processes, Runs, Serial, duration, load_or_run
 from ..repro.store import Store, digest, hardware, write_json
 
@@ -214,7 +216,7 @@ class threads:
         import torch
         torch.set_num_threads(self.before)
 
-# %% ../../nbs/api/compare/07_study.ipynb #8d0af7e8
+# %% ../../nbs/api/compare/07_study.ipynb #0c3784e6
 NO_TIME = 'no time was left'
 
 class Punctual:
@@ -241,8 +243,8 @@ class InTurn(Punctual, Serial):
     "One run after the other, in this process, as long as there is time"
     def _run(self, job, watch): return Outcome(job, 'skipped', message=NO_TIME) if self.late(job) else self.note(super()._run(job, watch))
 
-class SideBySide(Punctual, Processes):
-    "Several processes, as long as there is time"
+class Several(Punctual):
+    "Of an executor that has several runs going"
     def _start(self, waiting, running):
         late = [t for t in waiting if self.late(t.job)]
         for t in late:
@@ -252,21 +254,31 @@ class SideBySide(Punctual, Processes):
 
     def _collect(self, running): return [self.note(o) for o in super()._collect(running)]
 
-# %% ../../nbs/api/compare/07_study.ipynb #f17d8d6a
+class SideBySide(Several, Processes):
+    "Several processes, as long as there is time"
+
+class OnCluster(Several, Dask):
+    "The workers of a cluster, as long as there is time"
+
+# %% ../../nbs/api/compare/07_study.ipynb #572fde73
 def run_in_time(
     runs:Sequence, # `CompareRun`, in the order of their importance
     study:Path, # Their data
     store:Store, # Their records
     jobs:int, # At once
     left:Callable, # () -> seconds that are left for training
-    progress:Callable|None
+    progress:Callable|None,
+    cluster=None # Where to train instead, see `cluster.Dask`
 ) -> tuple[Runs, int]: # Records and failures; runs for which there was no time
     "Load what is stored, train what is not, as long as there is time"
     records, failures, timing = {}, [], dict(left=left, first=runs[0].seed)
+    def executor(is_own):
+        if cluster is not None and not is_own: return OnCluster(store, study, cluster, say=progress or _silent, **timing)
+        return nullcontext(InTurn(store, study, **timing) if is_own or jobs == 1 else SideBySide(store, study, jobs, **timing))
     for some, is_own in (([r for r in runs if not r.recipe_code], False), ([r for r in runs if r.recipe_code], True)):
         if not some: continue
-        executor = InTurn(store, study, **timing) if is_own or jobs == 1 else SideBySide(store, study, jobs, **timing)
-        done = load_or_run(some, store, data_root=study, progress=progress, executor=executor)
+        if is_own and cluster is not None: (progress or _silent)(f'{len(some)} trainings of strategies that were written in this session stay on this machine: no other one knows their code')
+        with executor(is_own) as e: done = load_or_run(some, store, data_root=study, progress=progress, executor=e)
         records |= {r.config: r for r in done}
         failures += done.failures
     skipped = [o for o in failures if o.message == NO_TIME]
@@ -334,7 +346,7 @@ class Comparison:
         link = f'<p><a href="{escape(self.report.as_posix())}">report</a></p>' if self.report else ''
         return f'{self.recommendation._repr_html_()}{self.judgement._repr_html_()}{link}'
 
-# %% ../../nbs/api/compare/07_study.ipynb #9b18e9c6
+# %% ../../nbs/api/compare/07_study.ipynb #78ba9aeb
 def _silent(line:str) -> None: pass
 
 def compare_strategies(
@@ -352,7 +364,8 @@ def compare_strategies(
     progress:Callable|None=print, # Takes lines; None: silent
     plan:dict=None, # Decided by hand: folds, repeats, trials, steps, portions, bs; the budget then only ends the study
     dry_run:bool=False, # Inspect, probe and plan only
-    notebook:bool=True # Beside the report, an executed notebook
+    notebook:bool=True, # Beside the report, an executed notebook
+    cluster=None # Train there: address of a Dask scheduler, a Dask cluster, or a `ClusterSpec` or its YAML file; its workers instead of `jobs`
 ) -> Comparison:
     "Which transfer strategy for these cases, and is the gain real?"
     clock, out, say = Clock(parse_duration(budget)), Path(out), progress or _silent
@@ -368,16 +381,21 @@ def compare_strategies(
     pool = prepare(joined(table, inspection.groups), out/'study'/'pool', size or default_size(kind, clock.budget, max(table.read(0).image.shape[-2:])), dimension, say)
     write_study(out/'study', pool, given)
     write_patients(table, inspection.groups, out)
-    design = _planned(out, pool, arms, given, left_out, clock, jobs or default_jobs(), seed, len(arms) if strategies else CORE, say, plan)
+    design = _planned(out, pool, arms, given, left_out, clock, jobs or _at_once(cluster, out), seed, len(arms) if strategies else CORE, say, plan)
     say(design.describe())
     made = Comparison(out, inspection, pool, given, tuple(arms), design, seconds=clock.spent)
-    return made if dry_run else _finished(made, clock, (Path(table.root)/'virtual.json').is_file(), say, notebook)
+    return made if dry_run else _finished(made, clock, (Path(table.root)/'virtual.json').is_file(), say, notebook, cluster)
 
 def _several(given) -> list: # One, several or none, as a list
     return list(given or ()) if isinstance(given, (list, tuple, type(None))) else [given]
 
 def _reasons(arms, left_out) -> str:
     return '; '.join([f'only {a.name} applies' for a in arms] + [f'{title}: {why}' for title, why in left_out.items()])
+
+def _at_once(cluster, out) -> int:
+    "Trainings at once"
+    if cluster is None: return default_jobs()
+    with Dask(out/'store', address=cluster) as executor: return max(1, executor.slots())
 
 MEMORY = 2*2**30 # Bytes that one run may need
 
@@ -386,7 +404,7 @@ def default_jobs() -> int:
     import torch
     return 1 if torch.cuda.is_available() else max(1, min(hardware()['cores'], psutil.virtual_memory().available//MEMORY))
 
-# %% ../../nbs/api/compare/07_study.ipynb #f9713955
+# %% ../../nbs/api/compare/07_study.ipynb #cb18f7b2
 def _planned(out, pool, arms, sources, left_out, clock, jobs, seed, core, say, plan=None) -> Design:
     "The plan of an earlier call, or a new one"
     if plan is not None: return plan_by_hand(pool, arms, left_out, clock, jobs, seed, plan)
@@ -398,13 +416,13 @@ def _planned(out, pool, arms, sources, left_out, clock, jobs, seed, core, say, p
     write_json(path, dict(asked=key, design=design.as_dict()))
     return design
 
-def _finished(made:Comparison, clock, virtual, say, notebook) -> Comparison:
+def _finished(made:Comparison, clock, virtual, say, notebook, cluster=None) -> Comparison:
     "Train, judge, recommend and report"
     from medxfer_nb.compare.report import write_comparison
     planned, after = made.design, AFTER[0] + AFTER[1]*len(made.design.arms)
     own = own_architecture(made.pool.kind, made.sources) or task_for(made.pool).architecture
     runs = runs_for(planned, made.arms, made.sources, own)
-    done, late = run_in_time(runs, made.study, made.store, planned.jobs, lambda: clock.left - after, say)
+    done, late = run_in_time(runs, made.study, made.store, planned.jobs, lambda: clock.left - after, say, cluster)
     design = carried_out(planned, done, late)
     results = gather(done, made.pool, design, made.arms)
     say('judging')

@@ -67,7 +67,7 @@ def perceptual_hash(
     low = dctn(small, norm='ortho')[:16, :16].ravel()[1:] # without the mean
     return low > np.median(low)
 
-# %% ../../nbs/api/compare/01a_survey.ipynb #169c5dcc
+# %% ../../nbs/api/compare/01a_survey.ipynb #29d7f6df
 _TAGS = ('PatientID', 'Manufacturer', 'ManufacturerModelName')
 _SALT = secrets.token_bytes(16) # of this process
 
@@ -81,9 +81,11 @@ def _header(
     if start.startswith(b'\x89PNG'): return dict(format='PNG', bits=f'{start[24]} bit, colour type {start[25]}')
     if start.startswith(b'\xff\xd8'): return dict(format='JPEG')
     if start[128:] != b'DICM': return dict(format='NIfTI')
-    ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS, 'BitsStored', 'PhotometricInterpretation'])
-    texts = [str(ds.get(t) or '').strip() for t in _TAGS]
-    return dict(format='DICOM', bits=f"{ds.get('BitsStored')} bit, {ds.get('PhotometricInterpretation')}", person=texts[0] and hashed(texts[0], _SALT), scanner=' '.join(texts[1:]).strip())
+    try:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=[*_TAGS, 'BitsStored', 'PhotometricInterpretation'])
+        texts = [str(ds.get(t) or '').strip() for t in _TAGS]
+        return dict(format='DICOM', bits=f"{ds.get('BitsStored')} bit, {ds.get('PhotometricInterpretation')}", person=texts[0] and hashed(texts[0], _SALT), scanner=' '.join(texts[1:]).strip())
+    except Exception: return dict(format='DICOM') # pydicom raises many types for damaged texts, which the pixels can do without
 
 def _bytes(path:Path) -> int:
     "Size of a file, or of all files of a folder"

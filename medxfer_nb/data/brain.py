@@ -8,8 +8,8 @@ __all__ = ['CLASSES14', 'FREESURFER', 'UNCLASSED', 'REGIONS', 'TUMOUR_MODALITIES
            'brain_eval_loader', 'BrainCase', 'load_brain', 'read_brats', 'read_brain_decathlon', 'read_hcp',
            'portion_counts', 'split_brats', 'split_hcp']
 
-# %% ../../nbs/api/data/08_brain.ipynb #0b8f4816
-import hashlib, json, re
+# %% ../../nbs/api/data/08_brain.ipynb #1c6998fd
+import gzip, hashlib, json, math, re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from fasttransform import ItemTransform, Pipeline
 from scipy.stats import rankdata
 from .batches import FilmLoader
 from .cases import CaseError
-from .ct import CTCase, CTError, Grid, merge_labels, read_nifti, _check_header, _geometry
+from .ct import CTCase, CTError, Grid, MAX_VOXELS, merge_labels, read_nifti, _check_header, _geometry, _open_nifti
 from .pixels import _why
 
 # %% ../../nbs/api/data/08_brain.ipynb #6313ff7d
@@ -255,7 +255,7 @@ def brain_eval_loader(
     dl.to(device or default_device())
     return dl
 
-# %% ../../nbs/api/data/08_brain.ipynb #52385353
+# %% ../../nbs/api/data/08_brain.ipynb #3034a798
 @dataclass(frozen=True, eq=False)
 class BrainCase(CTCase): # `load`: () -> (M,Z,Y,X) float32 images, (Z,Y,X) uint8 labels or None, `Grid`
     "One subject that is read when it is needed"
@@ -271,15 +271,27 @@ def _read_4d(
 ) -> list: # (array, `Grid`) of each
     "Images that are stored in one file"
     try:
-        image = nib.load(path)
-        if len(image.shape) != 4 or image.shape[3] != len(order):
-            raise BrainError(f'{path}: {len(order)} images in one 4-D file are expected, its shape is {image.shape}')
-        _check_header(path, type(image)(np.broadcast_to(np.uint8(0), image.shape[:3]), None, image.header))
-        grid = Grid(image.shape[:3], image.affine, _geometry(image.header))
-        array = np.asanyarray(image.dataobj)
+        with _open_nifti(path) as image:
+            if len(image.shape) != 4 or image.shape[3] != len(order): raise BrainError(f'{len(order)} images in one 4-D file are expected, its shape is {image.shape}')
+            _check_header(path, type(image)(np.broadcast_to(np.uint8(0), image.shape[:3]), None, image.header))
+            grid = Grid(image.shape[:3], image.affine, _geometry(image.header))
+            array = np.asanyarray(image.dataobj)
+        if array.dtype.kind not in 'iuf': raise BrainError(f'voxels of type {array.dtype}: an MRI has one number a voxel')
         return [(grid.normalise(array[..., k]), grid) for k in order]
     except CaseError as e: raise BrainError(f'{path}: {e}') from e
     except Exception as e: raise BrainError(f'{path}: cannot read as NIfTI: {_why(e)}') from e # nibabel raises many types for damaged files
+
+def _check_mgz(
+    path:Path # FreeSurfer's .mgz
+) -> None:
+    "Refuse a size that cannot be; and read the file to its end, where its checksum stands"
+    with gzip.open(path) as f:
+        shape = np.frombuffer(f.read(20), '>i4')[1:].tolist()
+        if min(shape) < 1 or math.prod(shape) > MAX_VOXELS:
+            raise BrainError(f"{path}: the header claims {' x '.join(map(str, shape))} voxels; up to {MAX_VOXELS:,} are accepted: copy the file again")
+        left = 4 * math.prod(shape) + 2**20 # no type has more than 4 bytes
+        while left > 0 and (part := f.read(1 << 20)): left -= len(part)
+    if left <= 0: raise BrainError(f'{path}: holds more than its header claims: copy the file again')
 
 def _read_labels(
     path:Path # NIfTI or FreeSurfer's .mgz
@@ -287,9 +299,11 @@ def _read_labels(
     "A label volume"
     if path.suffix != '.mgz': return read_nifti(path)
     try:
-        image = nib.load(path)
+        _check_mgz(path)
+        image = nib.MGHImage.from_filename(path)
         grid = Grid(image.shape, image.affine)
         return grid.normalise(np.asanyarray(image.dataobj)), grid
+    except BrainError: raise
     except Exception as e: raise BrainError(f'{path}: cannot read as a FreeSurfer volume: {_why(e)}') from e
 
 def _check_image(
@@ -394,7 +408,7 @@ def read_brats(
                         tuple(files[k] for k in _BRATS.values()), files.get('seg'), _brats_labels, kind='brats', n4=True)
             for i, (folder, files) in enumerate(sorted(found.items(), key=lambda kv: kv[0].name), 1)]
 
-# %% ../../nbs/api/data/08_brain.ipynb #d74dc0f3
+# %% ../../nbs/api/data/08_brain.ipynb #de89fe89
 _CONTRASTS = {'t1w': 'T1', 't1gd': 'T1c', 't2w': 'T2', 'flair': 'FLAIR'} # Name in dataset.json -> modality
 _TISSUES = {'background': 0, 'edema': 2, 'non-enhancing tumor': 1, 'enhancing tumor': 4} # -> BraTS label
 
@@ -408,7 +422,7 @@ def _task01(
         labels = {int(i): _TISSUES[name.lower().replace('tumour', 'tumor')] for i, name in d['labels'].items()}
         order, files = tuple(images[m] for m in TUMOUR_MODALITIES), [(folder/p['image'], folder/p['label']) for p in d['training']]
     except FileNotFoundError: raise BrainError(f'{folder}: no dataset.json in it: unpack Task01_BrainTumour.tar there') from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BrainError(f'{folder}/dataset.json: not that of Task01_BrainTumour: {_why(e)}') from e
     return order, labels, files
 

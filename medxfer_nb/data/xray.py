@@ -47,7 +47,7 @@ def apply_policy(
     values = frame[labels].astype('float32')
     return frame.assign(**{l: values[l].mask(values[l] == -1, v) for l,v in _rules(policy, labels).items()})
 
-# %% ../../nbs/api/data/03_xray.ipynb #e0c97780
+# %% ../../nbs/api/data/03_xray.ipynb #2d1b4fd5
 def _records(
     path:Path # CSV file
 ) -> list: # (line number, fields) of each line that is not blank
@@ -68,6 +68,7 @@ def _table(
     first, columns = records.pop(0) if header and records else (1, list(need))
     if missing := [c for c in need if c not in columns]:
         raise CaseError(f"{path} line {first}: missing column {', '.join(missing)}; there are {', '.join(columns)}")
+    if twice := [c for c in need if columns.count(c) > 1]: raise CaseError(f"{path} line {first}: column {', '.join(twice)} stands twice: which one counts? Remove the other")
     if not records: raise CaseError(f"{path} has no rows")
     n = len(columns)
     rows = pd.DataFrame([(fields + [''] * n)[:n] for _, fields in records], columns=columns, dtype=str)
@@ -102,7 +103,7 @@ def _numbers(
     faults = [_faults(rows, numbers[l].isna(), f"label {l} = " + _shown(rows[l]) + ", allowed are 1, 0, -1 and blank") for l in labels]
     return numbers, faults
 
-# %% ../../nbs/api/data/03_xray.ipynb #61bc5bc6
+# %% ../../nbs/api/data/03_xray.ipynb #b4633dc6
 def _looks_whole(
     path:str # Image file
 ) -> bool: # False also for whatever is no PNG or JPEG
@@ -110,7 +111,7 @@ def _looks_whole(
     try:
         with open(path, 'rb', buffering=0) as f:
             head, _, tail = f.read(8), f.seek(-12, os.SEEK_END), f.read(12)
-    except OSError: return False
+    except (OSError, ValueError): return False # a name with a zero in it is a ValueError
     return head[:3] == b'\xff\xd8\xff' and tail[-2:] == b'\xff\xd9' or head == b'\x89PNG\r\n\x1a\n' and tail[4:8] == b'IEND'
 
 def _image_problem(

@@ -8,8 +8,8 @@ __all__ = ['COLORIZERS', 'check_planes', 'conv_bn', 'ResBlock', 'residual_body',
            'evaluating', 'gmacs', 'read_weights', 'lite_state_dict', 'load_strict', 'load_backbone', 'feature_width',
            'ColorizedNet', 'split_TEC', 'colorized_net', 'Card', 'save_colorizer', 'match_layers', 'load_colorizer']
 
-# %% ../../nbs/api/models/00_colorize.ipynb #121bdb85
-import json, math, os, pickle, re
+# %% ../../nbs/api/models/00_colorize.ipynb #d4a75d59
+import json, math, os, pickle, re, zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,19 +214,37 @@ def gmacs(
     with evaluating(model), FlopCounterMode(display=False) as counter: model(torch.zeros(1, *input_shape, device=device))
     return counter.get_total_flops() / 2e9 # a flop there is half a multiply-accumulate
 
-# %% ../../nbs/api/models/00_colorize.ipynb #7b39194b
+# %% ../../nbs/api/models/00_colorize.ipynb #fb5b541e
+def _check_archive(path: Path): # File of weights
+    "PyTorch stores tensors as they are; an archive of compressed ones may inflate to any size."
+    if not zipfile.is_zipfile(path): return
+    with zipfile.ZipFile(path) as z: large = [m.filename for m in z.infolist() if m.compress_type != zipfile.ZIP_STORED]
+    if large: raise ValueError(f'{large[0]} in it is compressed, which PyTorch never does')
+
+def _check_tensors(path: Path, state: dict):
+    "A tensor cannot be larger than its file: one whose strides are 0 claims any size."
+    tensors, held = {k: v for k, v in state.items() if isinstance(v, Tensor)}, path.stat().st_size
+    wrong = [k for k, v in tensors.items() if v.layout != torch.strided or v.numel() * v.element_size() > held]
+    if wrong: raise ValueError(f'{path}: {", ".join(map(str, wrong[:5]))}: sparse, or larger than the file; save plain tensors')
+
 def read_weights(
     path: str | Path, # .safetensors, or a .pth/.pt state dict
 ) -> dict[str, Tensor]: # Name -> tensor, on the CPU
     "Tensors of a file, never by running code in it; a checkpoint's `state_dict` or `model` entry is unwrapped."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no weights at {path}')
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        _check_archive(path)
+        state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e: # PyTorch's own text advises to run the code in the file
         if 'global' not in str(e).lower(): raise ValueError(f'{path} is damaged or no PyTorch file') from None
         raise ValueError(f'{path} holds a pickled module, not a state dict: where it comes from, save `module.state_dict()` instead') from None
+    # safetensors and PyTorch raise many types for damaged files: SafetensorError, RuntimeError, EOFError, KeyError, ...
+    except Exception as e: raise ValueError(f'{path} is damaged or no file of weights: {next(iter(str(e).splitlines()), "") or type(e).__name__}') from None
+    if not isinstance(state, dict): raise ValueError(f'{path} holds no state dict but a {type(state).__name__}: save `module.state_dict()` there')
     for wrapper in ('state_dict', 'model'):
         if isinstance(state.get(wrapper), dict): state = state[wrapper]
+    _check_tensors(path, state)
     return state
 
 # %% ../../nbs/api/models/00_colorize.ipynb #d85dcc43

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Context', 'Experiment', 'register', 'experiment', 'Job', 'Plan', 'duration', 'plan', 'seeded',
-           'perform', 'Outcome', 'Ticket', 'Executor', 'Serial', 'stop_with', 'Processes', 'Progress', 'Runs',
-           'RunFailed', 'prepare', 'load_or_run']
+           'perform', 'Outcome', 'Ticket', 'Executor', 'Serial', 'stop_with', 'same_data', 'environment', 'Processes',
+           'Progress', 'Runs', 'RunFailed', 'prepare', 'load_or_run']
 
 # %% ../../nbs/api/repro/02_jobs.ipynb #e0eae949
 import importlib, json, os, random, resource, select, shutil, signal, statistics, subprocess, sys, threading, time, traceback
@@ -19,7 +19,7 @@ import numpy as np
 
 from .store import ConfigError, Record, RunConfig, Store, check_imported, code_fingerprint, hardware, published_run, run_key
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #01e69d7d
+# %% ../../nbs/api/repro/02_jobs.ipynb #68b1aecc
 @dataclass(frozen=True)
 class Context:
     "What a training function gets besides its configuration"
@@ -34,6 +34,7 @@ def _no_parents(config): return []
 def _no_data(config, data_root): return ''
 def _unit_cost(config): return 1.
 def _nothing_shared(configs, data_root, say): pass
+def _stays(data_root): return {}
 
 @dataclass(frozen=True)
 class Experiment:
@@ -45,6 +46,7 @@ class Experiment:
     cost: Callable = _unit_cost # cost(config) -> seconds on all cores of an ordinary machine; their ratios matter most
     prepare: Callable = _nothing_shared # prepare(configs, data_root, say): make what several runs read, before the first one starts
     code: str = '' # Module whose source enters the key; default: that of `train`
+    travel: Callable = _stays # travel(data_root) -> {relative path: file or bytes}: what a machine without these data is sent. Default: nothing, they are too large
 
     @property
     def module(self) -> str: return self.code or self.train.__module__
@@ -203,7 +205,7 @@ def perform(
         return store.put(job.key, job.config, result, data_hash=job.data_hash, code=job.code, cost=job.cost, started=started,
             parents=[p.key for p in job.parents], threads=torch.get_num_threads(), wall_s=round(time.perf_counter() - start, 2), **_peak_memory())
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #795387cc
+# %% ../../nbs/api/repro/02_jobs.ipynb #a99ec971
 @dataclass(frozen=True)
 class Outcome:
     "How a job ended"
@@ -228,6 +230,7 @@ class Ticket:
 
 class Executor(Protocol):
     "Whatever can run jobs"
+    elsewhere: bool = False # On machines that do not see what this one prepares
     def submit(self, job:Job, after:Sequence[Ticket]=()) -> Ticket: ...
     def gather(self, tickets:Sequence[Ticket], watch:Callable[[Mapping[Job, float]], None]) -> Iterator[Outcome]: ...
 
@@ -258,7 +261,7 @@ class Serial:
             return Outcome(job, 'failed', time.perf_counter() - start, f'{type(e).__name__}: {e}', log)
         return Outcome(job, 'done', time.perf_counter() - start)
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #5b24cceb
+# %% ../../nbs/api/repro/02_jobs.ipynb #0815cdcc
 def _to_spec(job:Job) -> dict: # JSON types
     "A job as text for another process"
     return dict(paper=job.config.paper, config=job.config.as_dict(), key=job.key, data_hash=job.data_hash, code=job.code,
@@ -277,14 +280,23 @@ def stop_with(
     while os.getppid() == parent: time.sleep(.5)
     os._exit(1)
 
+def same_data(
+    job:Job, # About to be trained
+    data_root:Path|None # The data sets of the machine that trains it
+) -> None:
+    "Refuse to train on other data than those that the run was planned with: the result would be kept under their key"
+    found = experiment(job.config.paper).data_hash(job.config, data_root)
+    if found != job.data_hash: raise ConfigError(f'the data are not those that the run was planned with (fingerprint {found[:12]}, planned {job.data_hash[:12]}): copy the same data set to {data_root or "this machine"}')
+
 def _work(
-    order:dict # From `Processes`
+    order:dict # From `Processes` or `cluster.Dask`
 ) -> None:
     "What a job's process does"
     threading.Thread(target=stop_with, args=[order['parent']], daemon=True).start()
     EXPERIMENTS.update(order['experiments'])
     store, start = Store(order['store']), time.perf_counter()
     job = _from_spec(order['job'])
+    if order.get('elsewhere'): same_data(job, order['data_root'] and Path(order['data_root']))
     file = store.folder('staging', f'{job.key}/progress')
     def progress(fraction, note=''):
         print(f'{time.perf_counter() - start:8.1f} s {fraction:4.0%} {note}', flush=True)
@@ -375,7 +387,19 @@ class _ForkServer:
         self.process.kill()
         self.process.wait()
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #e3b1b11a
+# %% ../../nbs/api/repro/02_jobs.ipynb #d42e9ca4
+def environment(
+    threads:int # Of each job
+) -> dict: # Name -> value
+    "The environment of processes that find the same modules as this one"
+    n = str(max(1, threads))
+    return os.environ | dict(OMP_NUM_THREADS=n, MKL_NUM_THREADS=n, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+
+def _spawn(order:dict, env:dict) -> subprocess.Popen:
+    "Begin a job in a new interpreter"
+    with open(order['log'], 'ab') as out:
+        return subprocess.Popen([*_START, _MAIN, json.dumps(order)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+
 class Processes:
     "Each run in a process of its own, several at once"
     def __init__(self,
@@ -421,18 +445,13 @@ class Processes:
             ended.append(t.outcome)
         return ended
 
-    def _environment(self):
-        threads = str(max(1, hardware()['cores']//self.n))
-        return os.environ | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
+    def _environment(self): return environment(hardware()['cores']//self.n)
 
     def _launch(self, job):
         log = self.store.folder('logs', f'{job.key}.log').resolve()
         order = dict(parent=os.getpid(), store=str(self.store.root.resolve()), job=_to_spec(job), experiments=EXPERIMENTS, log=str(log),
                      data_root=self.data_root and str(self.data_root))
-        if self.server: return self.server.launch(order)
-        with open(log, 'ab') as out:
-            return subprocess.Popen([*_START, _MAIN, json.dumps(order)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                env=self._environment(), start_new_session=True)
+        return self.server.launch(order) if self.server else _spawn(order, self._environment())
 
     def _fraction(self, job):
         try: return float((self.store.root/'staging'/job.key/'progress').read_text())
@@ -523,7 +542,7 @@ class RunFailed(RuntimeError):
         super().__init__(f'{len(runs.failures)} runs were not finished\n{runs.summary()}')
         self.runs = runs
 
-# %% ../../nbs/api/repro/02_jobs.ipynb #3033060b
+# %% ../../nbs/api/repro/02_jobs.ipynb #f6f58c7b
 def _execute(executor:Executor, todo:Sequence[Job], progress:Progress|None) -> list: # Outcomes
     "Submit jobs in order and wait for them"
     tickets = {}
@@ -557,7 +576,7 @@ def load_or_run(
     store = store if isinstance(store, Store) else Store(store)
     p = plan(configs, store, data_root, published)
     executor = executor or (Serial(store, data_root) if jobs == 1 else Processes(store, data_root, jobs))
-    prepare(p, data_root, progress or (lambda line: None))
+    if not getattr(executor, 'elsewhere', False): prepare(p, data_root, progress or (lambda line: None))
     outcomes = _execute(executor, p.todo, progress and Progress(p, progress)) if p.todo else []
     records = [p.found.get(j.key) or store.get(j.key, j.config) for j in p.wanted]
     runs = Runs([r for r in records if r], [o for o in outcomes if o.status != 'done'])

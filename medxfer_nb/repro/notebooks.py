@@ -64,7 +64,7 @@ def check_parameters(
     if checked.get('scale') == 'paper' and 'data_root' in found and not checked.get('data_root'): refuse('paper scale needs data_root')
     return checked
 
-# %% ../../nbs/api/repro/03_notebooks.ipynb #b3ee93fe
+# %% ../../nbs/api/repro/03_notebooks.ipynb #dd7947c9
 @dataclass(frozen=True)
 class Executed:
     "What became of a notebook"
@@ -119,8 +119,8 @@ def _execute(
         error=error, git=git_state(), versions=versions(), hardware=hardware(), threads=threads))
 
 def _main() -> None:
-    "What a notebook's process does; its order is the first argument"
-    order = json.loads(sys.argv[1])
+    "What a notebook's process does; its order comes through standard input, for an argument may not be long"
+    order = json.load(sys.stdin)
     threading.Thread(target=stop_with, args=[order['parent']], daemon=True).start()
     _execute(Path(order['path']), Path(order['output']), order['parameters'], order['threads'])
 
@@ -130,7 +130,7 @@ def _in_process(path, output, parameters, threads) -> Executed:
     order = dict(parent=os.getpid(), path=str(path), output=str(output), parameters=parameters, threads=threads)
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path), PYTHONWARNINGS='ignore')
     start, code = time.perf_counter(), 'from medxfer_nb.repro.notebooks import _main; _main()'
-    child = subprocess.run([sys.executable, '-c', code, json.dumps(order)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, '-c', code], env=env, input=json.dumps(order), capture_output=True, text=True)
     try: error = json.loads(_sidecar(output).read_text(encoding='utf-8'))['error']
     except OSError: error = f'its process ended with {child.returncode}: {child.stderr.strip()[-500:]}'
     return Executed(path.stem, output, time.perf_counter() - start, error)

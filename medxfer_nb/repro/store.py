@@ -271,7 +271,7 @@ def hardware() -> dict: # system, cpu, cores, memory_gb, gpu
     return dict(system=platform.system(), cpu=_cpu_name(), cores=_cores(),
                 memory_gb=round(psutil.virtual_memory().total/2**30), gpu=gpu)
 
-# %% ../../nbs/api/repro/01_store.ipynb #b2c3c560
+# %% ../../nbs/api/repro/01_store.ipynb #510a2252
 def _finite(value) -> Any:
     "JSON types only: arrays become lists, NaN and infinity become null"
     if isinstance(value, dict): return {str(k): _finite(v) for k, v in value.items()}
@@ -330,10 +330,11 @@ def load_tensors(
     try:
         with safe_open(path, 'numpy') as f: meta = f.metadata() or {}
         tensors = load_file(path)
-    except (OSError, SafetensorError): return None
-    return (tensors, json.loads(meta['state'])) if meta.get('sha256') == _tensor_hash(tensors) else None
+        return (tensors, json.loads(meta['state'])) if meta['sha256'] == _tensor_hash(tensors) else None
+    # No file, no header, none of ours, or a type of numbers that PyTorch does not know
+    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError): return None
 
-# %% ../../nbs/api/repro/01_store.ipynb #e1d2afd2
+# %% ../../nbs/api/repro/01_store.ipynb #87c30f63
 @dataclass(frozen=True)
 class Record:
     "A finished run"
@@ -356,24 +357,32 @@ class Record:
     @property
     def code_changed(self) -> bool:
         "Is the code of today another than the one that made this result?"
-        code = self.manifest['code']
-        try: return code_fingerprint(code['module']) != code['hash']
-        except ConfigError: return True # The module is gone
+        try: return code_fingerprint(self.manifest['code']['module']) != self.manifest['code']['hash']
+        except (ConfigError, LookupError, TypeError): return True # The module is gone, or was never told
     @property
     def size(self) -> int: # Bytes
         return sum(f['size'] for f in self.manifest.get('files', {}).values())
 
-# %% ../../nbs/api/repro/01_store.ipynb #abfbd292
+# %% ../../nbs/api/repro/01_store.ipynb #b9a18ea9
+_SHAPE = dict(key=str, paper=str, config=dict, config_key=str, metrics=dict, files=dict) # What is relied on
+
+def _is_manifest(found) -> bool: # Contents of a JSON file
+    "Has it the shape of what `put` writes?"
+    return isinstance(found, dict) and all(isinstance(found.get(k), t) for k, t in _SHAPE.items()) and \
+        all(isinstance(f, dict) and {'size', 'sha256'} <= f.keys() for f in found['files'].values())
+
 def damage(
     folder:Path # A run's folder
 ) -> str | None: # What is wrong; None if every byte is as it was written
     "Check a run's files against its manifest"
     try: manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return 'manifest.json cannot be read'
+    except (OSError, ValueError, RecursionError): return 'manifest.json cannot be read'
     if not isinstance(manifest, dict) or manifest.pop('sha256', None) != digest(manifest, 64): return 'manifest.json was changed'
     if manifest.get('key') != folder.name: return f"manifest.json is that of run {manifest.get('key')}"
+    if not _is_manifest(manifest): return 'manifest.json is that of no run'
     for name, expected in manifest['files'].items():
         path = folder/name
+        if path.name != name: return f'{name} lies outside of the run' # a manifest from elsewhere may say anything
         if not path.is_file(): return f'{name} is missing'
         if path.stat().st_size != expected['size']: return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
         if file_hash(path) != expected['sha256']: return f'{name} was changed'
@@ -487,14 +496,15 @@ def put(self:Store,
     shutil.rmtree(draft.parent, ignore_errors=True)
     return self.get(key, config)
 
-# %% ../../nbs/api/repro/01_store.ipynb #552deca7
+# %% ../../nbs/api/repro/01_store.ipynb #0f1cf3a0
 @patch
 def records(self:Store) -> Iterator[Record]:
     "All runs whose manifest can be read, in order of their keys; files are not checked"
     for key in self.keys():
         folder = self.root/'runs'/key
-        try: yield Record(json.loads((folder/'manifest.json').read_text(encoding='utf-8')), None, folder)
-        except (OSError, ValueError): continue
+        try: manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+        except (OSError, ValueError, RecursionError): continue
+        if _is_manifest(manifest) and manifest['key'] == key: yield Record(manifest, None, folder)
 
 def _folder_size(path) -> int: return sum(p.stat().st_size for p in Path(path).rglob('*') if p.is_file())
 
@@ -526,7 +536,7 @@ def prune(self:Store,
         gone[path] = size
     return gone
 
-# %% ../../nbs/api/repro/01_store.ipynb #d081c03f
+# %% ../../nbs/api/repro/01_store.ipynb #3a86fcb1
 def _round_bits(a:np.ndarray) -> np.ndarray: # (...) uint32, 23 significant bits: sign, exponent, 14 of mantissa
     "Round float32 to 14 bits of mantissa, to nearest"
     return (np.ascontiguousarray(a, np.float32).view(np.uint32) + np.uint32(1 << 8)) >> np.uint32(9)
@@ -548,7 +558,13 @@ def unpack_array(
     "The array again"
     rounded = packed['dtype'] == 'f14'
     dtype = np.dtype(np.uint32 if rounded else packed['dtype'])
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(packed['data'])), np.uint8).reshape(dtype.itemsize, -1)
+    if dtype.kind not in 'biuf': raise ValueError(f'packed arrays hold numbers, not {dtype}')
+    size = math.prod(packed['shape']) * dtype.itemsize
+    coded = base64.b64decode(packed['data'])
+    # zlib shrinks at most 1032 times, and never more is inflated than the shape tells
+    if size > 1032 * len(coded) or len(data := zlib.decompressobj().decompress(coded, size + 1)) != size:
+        raise ValueError(f"a packed array of {len(coded):,} bytes does not fill the shape {packed['shape']}")
+    raw = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
     a = np.ascontiguousarray(raw.T).reshape(-1).view(dtype)
     if rounded: a = (a << np.uint32(9)).view(np.float32)
     return a.reshape(packed['shape'])

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Predicate', 'Weights', 'STATISTICS', 'KINSHIP', 'JUDGED', 'SAMPLE', 'GRANULARITIES', 'Ratios', 'SCALES', 'BLOCK',
-           'all_layers', 'conv_layers', 'layers_but_norms', 'layers_of', 'partition', 'MergeError', 'mergeable',
-           'check_fit', 'kernel_cosines', 'check_ancestry', 'layer_path', 'units', 'check_ratios', 'spread',
-           'fisher_shares', 'mix', 'mode_imm', 'mean_imm', 'soup', 'task_arithmetic', 'load_merged']
+           'SMALL', 'all_layers', 'conv_layers', 'layers_but_norms', 'layers_of', 'partition', 'MergeError',
+           'mergeable', 'check_fit', 'kernel_cosines', 'check_ancestry', 'layer_path', 'units', 'check_ratios',
+           'spread', 'fisher_shares', 'mix', 'mode_imm', 'mean_imm', 'soup', 'task_arithmetic', 'load_merged']
 
 # %% ../../nbs/api/transfer/05_merge.ipynb #11c812b8
 import math
@@ -108,7 +108,7 @@ def check_fit(
     raise MergeError(f'the {"Fisher information does" if fisher else "sources do"} not fit together; take all from networks with the same layers, or '
                      'give the `names` of the parameters that they share:\n' + '\n'.join(lines), problems)
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #fed2e560
+# %% ../../nbs/api/transfer/05_merge.ipynb #285e5fdb
 KINSHIP, JUDGED, SAMPLE = 0.1, 1000, 2**12 # least cosine; fewest entries that are judged; entries read of each kernel
 
 def kernel_cosines(
@@ -119,8 +119,8 @@ def kernel_cosines(
     kernels = [name for name in names if sources[0][name].ndim > 1]
     if sum(sources[0][name].numel() for name in kernels) < JUDGED: return None
     rows = torch.stack([torch.cat([s[name].detach().flatten()[:SAMPLE].float() for name in kernels]) for s in sources])
-    rows = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) # squares neither vanish nor overflow
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1.)
+    rows /= rows.norm(math.inf, 1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) # squares neither vanish nor overflow
+    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1.)
     return rows @ rows.T
 
 def check_ancestry(
@@ -161,7 +161,7 @@ def units(
         unit_of |= {name: 'all' if granularity == 'global' else path if together else name for name in names}
     return unit_of
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #92070e82
+# %% ../../nbs/api/transfer/05_merge.ipynb #df298246
 Ratios = Sequence[float] | Mapping[str, Sequence[float] | Tensor] | None # T numbers for all; by unit: (T,), or (T, C); None: 1/T
 
 def check_ratios(
@@ -178,13 +178,14 @@ def check_ratios(
     if ratios.keys() != shapes.keys():
         listed = dict(missing=[u for u in shapes if u not in ratios], unknown=[u for u in ratios if u not in shapes])
         raise MergeError(f'ratios are T numbers for all units, or a mapping with an entry for each of the {len(shapes)} units: {listed}', listed)
-    found = {unit: torch.as_tensor(ratios[unit], dtype=torch.float64).detach() for unit in shapes}
-    for unit, alpha in found.items():
-        fits = [(n_sources,), (n_sources, *shapes[unit][:1])] if granularity == 'channel' else [(n_sources,)]
+    ratios = dict(ratios)
+    given = {id(r): torch.as_tensor(r, dtype=torch.float64, device='cpu').detach() for r in ratios.values()} # those of all units are looked at once
+    right = {i for i, alpha in given.items() if (alpha >= 0).all() and ((alpha.sum(0) - 1).abs() < 1e-4).all()}
+    for unit, shape in shapes.items():
+        fits, alpha = [(n_sources,), (n_sources, *shape[:1])] if granularity == 'channel' else [(n_sources,)], given[id(ratios[unit])]
         if tuple(alpha.shape) not in fits: raise MergeError(f'ratios of {unit!r} have the shape {" or ".join(map(str, fits))}, not {tuple(alpha.shape)}')
-        if not ((alpha >= 0).all() and ((alpha.sum(0) - 1).abs() < 1e-4).all()):
-            raise MergeError(f'ratios of {unit!r} are not negative and add up to 1 over the sources (Eq. 1), not {alpha.tolist()}')
-    return found
+        if id(ratios[unit]) not in right: raise MergeError(f'ratios of {unit!r} are not negative and add up to 1 over the sources (Eq. 1), not {alpha.tolist()}')
+    return {unit: given[id(ratios[unit])] for unit in shapes}
 
 def spread(
     alpha: Tensor, # Ratios of a unit: (T,), or (T, C) along the first axis of its parameters
@@ -229,18 +230,19 @@ def fisher_shares(
     shares = {name: torch.stack(_relative([SCALES[scale](v[name].detach()) for v in values])) for name in names}
     return {name: s / s.sum(0) for name, s in shares.items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #77bb0289
-BLOCK = 2**17 # entries at a time on a CPU: temporaries stay in its cache
+# %% ../../nbs/api/transfer/05_merge.ipynb #18ed8084
+BLOCK = 2**17 # entries at a time for each thread of a CPU: temporaries stay in its cache, and calls do not yet cost more than the work
 
 def _blocks(alpha: Tensor, *groups: Sequence[Tensor]) -> Iterator[tuple]: # alpha (T, 1 or rows, 1); each group's (rows, columns)
     "Views of tensors of one shape, block by block, with the ratios that apply."
     per_row = alpha.ndim > 1 and alpha.shape[1] > 1
     views = [[t.reshape(len(t), t.shape[1:].numel()) if per_row else t.reshape(-1, 1) for t in group] for group in groups]
     rows, columns = views[0][0].shape
-    step = max(1, BLOCK // max(1, columns) if alpha.device.type == 'cpu' else rows)
-    alpha = alpha.reshape(len(alpha), -1, 1)
-    for i in range(0, rows if columns else 0, step):
-        yield alpha[:, i:i+step] if per_row else alpha, *([v[i:i+step] for v in group] for group in views)
+    if not rows * columns: return
+    step = max(1, BLOCK * torch.get_num_threads() // columns if alpha.device.type == 'cpu' else rows)
+    alpha, pieces = alpha.reshape(len(alpha), -1, 1), [[v.split(step) for v in group] for group in views]
+    ratios = alpha.split(step, 1) if per_row else [alpha] * -(-rows // step)
+    for i, a in enumerate(ratios): yield a, *([p[i] for p in group] for group in pieces)
 
 def _gaps(total: Tensor) -> bool:
     "May some be zero? To ask a GPU would mean to wait for it."
@@ -251,34 +253,30 @@ def _alive(shares: Sequence[Tensor], alpha: Tensor) -> Sequence[Tensor]:
     total = sum(s * a for s, a in zip(shares, alpha))
     return [s.masked_fill(total == 0, 1.) for s in shares] if _gaps(total) else shares
 
-def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor):
-    "out <- sum of alpha share theta / sum of alpha share, source by source."
-    total = shares[0] * alpha[0]
-    gaps = _gaps(total) # else all sums to come are positive
+def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor, work: Tensor | None = None, positive: bool = False):
+    "out <- sum of alpha share theta / sum of alpha share, source by source; `work`: space for two numbers per entry; `positive`: are all products known to be?"
+    total, spare = (None, None) if work is None else work[:, :len(out)]
+    total = torch.mul(shares[0], alpha[0], out=total)
+    gaps = not positive and _gaps(total) # else all sums to come are positive
     if gaps:
         shares = _alive(shares, alpha)
-        total = shares[0] * alpha[0]
-    mean, spare = thetas[0], torch.empty_like(total)
+        total = torch.mul(shares[0], alpha[0])
+    mean = thetas[0]
     for theta, share, a in zip(thetas[1:], shares[1:], alpha[1:]):
-        torch.addcmul(total, share, a, out=spare)
+        spare = torch.addcmul(total, share, a, out=spare)
         total.div_(spare) # the part of the sources so far
         if gaps: total.masked_fill_(spare == 0, 0.) # 0/0: nothing has had weight yet
         mean = torch.lerp(theta, mean, total, out=out)
         total, spare = spare, total
     if mean is not out: out.copy_(mean)
 
-def _merge_blocks(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor):
-    "out <- Eq. 2; shares may be Fisher information in any unit, or none for equal ones."
-    for a, (o,), ths, fs in _blocks(alpha, [out], thetas, shares):
-        _merge_block(o, ths, fs or [o.new_ones(1, 1)] * len(ths), a)
-
-# %% ../../nbs/api/transfer/05_merge.ipynb #bb4b016d
+# %% ../../nbs/api/transfer/05_merge.ipynb #d914240f
 class _Mix(torch.autograd.Function):
     "Eq. 2 for one tensor, and its derivative in closed form."
     @staticmethod
     def forward(theta, share, alpha):
         out = theta.new_empty(theta.shape[1:])
-        _merge_blocks(out, theta.unbind(), share.unbind(), alpha)
+        for a, (o,), thetas, shares in _blocks(alpha, [out], theta.unbind(), share.unbind()): _merge_block(o, thetas, shares, a)
         return out
 
     @staticmethod
@@ -312,25 +310,52 @@ def mix(
                          f'{tuple(theta.shape)}, {tuple(share.shape)} and {tuple(alpha.shape)}')
     return _Mix.apply(theta, share.detach().to(theta.dtype), alpha.to(theta.dtype))
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #a8094a73
-def _lift(fishers: Sequence[Tensor]) -> float: # NaN where there is Fisher information that is none
+# %% ../../nbs/api/transfer/05_merge.ipynb #db0e1d41
+def _lift(fishers: Sequence[Tensor]) -> tuple[float, float]: # NaN where there is Fisher information that is none; the least of it, lifted
     "A power of two that takes the largest Fisher information near the top of float32, so that the small ones do not vanish."
     lows, tops = zip(*map(_range, fishers)) if fishers else ((0.,), (0.,))
-    if not all(low >= 0 and math.isfinite(top) for low, top in zip(lows, tops)): return math.nan
-    return 2.**min(100, 126 - math.frexp(max(tops))[1])
+    if not all(low >= 0 and math.isfinite(top) for low, top in zip(lows, tops)): return math.nan, 0.
+    lift = 2.**min(100, 126 - math.frexp(max(tops))[1])
+    return lift, lift * min(lows)
 
-def _merge_tensor(thetas: Sequence[Tensor], fishers: Sequence[Tensor], alpha: Tensor, scale: str = 'printed') -> Tensor:
+def _merge_tensor(thetas: Sequence[Tensor], fishers: Sequence[Tensor], alpha: Tensor) -> Tensor:
     "Eq. 2 for one tensor, without temporaries of its size; no Fisher information: the mean. NaN where Fisher information is wrong."
     first, dtype = thetas[0], torch.promote_types(thetas[0].dtype, torch.float32)
-    thetas, fishers = ([t.to(first.device, dtype) for t in group] for group in (thetas, map(SCALES[scale], fishers)))
-    out, lift = torch.empty(first.shape, dtype=dtype, device=first.device), _lift(fishers)
-    if math.isnan(lift): return out.fill_(math.nan)
-    _merge_blocks(out, thetas, fishers, (alpha * lift).to(first.device, dtype))
+    thetas, fishers = ([t.to(first.device, dtype) for t in group] for group in (thetas, fishers))
+    out, alpha, equal = torch.empty(first.shape, dtype=dtype, device=first.device), alpha.to(first.device), first.new_ones(1, 1, dtype=dtype)
+    least, work = alpha.min().item() if alpha.numel() else 0., None
+    for a, (o,), ths, fs in _blocks(alpha, [out], thetas, fishers):
+        lift, low = _lift(fs) # here, because it brings the block into the cache
+        if math.isnan(lift): return out.fill_(math.nan).to(first.dtype)
+        if fs and work is None: work = o.new_empty(2, *o.shape) # the first block is the largest; new memory for each costs a pass over it
+        _merge_block(o, ths, fs or [equal] * len(ths), (a * lift).to(dtype), work, positive=low * least > 1e-37)
     return out.to(first.dtype)
+
+def _merge_small(group: Sequence[tuple]) -> list[Tensor]: # of (thetas, Fisher information, ratios) for each tensor
+    "Eq. 2 for many small tensors, end to end as one of which each entry has ratios of its own."
+    thetas, fishers, alphas = zip(*group)
+    def chain(tensors): return [torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in of_a_source]) for of_a_source in zip(*tensors)]
+    sizes, ratios = [t[0].numel() for t in thetas], [a.reshape(len(a), -1) for a in alphas]
+    counts = [size // r.shape[1] for size, r in zip(sizes, ratios) for _ in range(r.shape[1])]
+    merged = _merge_tensor(chain(thetas), chain(fishers), torch.cat(ratios, 1).repeat_interleave(torch.tensor(counts), 1))
+    return [m.reshape(t[0].shape).clone() for m, t in zip(merged.split(sizes), thetas)] # each has its own memory, as safetensors wants it
+
+SMALL = 2**13 # entries that take less time to merge than to call for
+
+def _merge_all(states: Sequence[Mapping], values: Sequence[Mapping], alphas: Mapping[str, Tensor], scale: str = 'printed') -> dict[str, Tensor]:
+    "Eq. 2 for all tensors that have ratios."
+    small, merged = {}, {}
+    for name, alpha in alphas.items():
+        thetas, fishers = [s[name] for s in states], [v[name] if scale == 'printed' else SCALES[scale](v[name]) for v in values]
+        devices = {t.device for t in (*thetas, *fishers)}
+        if len(devices) > 1 or not 0 < thetas[0].numel() <= SMALL: merged[name] = _merge_tensor(thetas, fishers, alpha)
+        else: small.setdefault((thetas[0].dtype, *devices), {})[name] = thetas, fishers, alpha
+    for group in small.values(): merged |= zip(group, _merge_small(list(group.values())))
+    return {name: merged[name] for name in alphas}
 
 def _sound(merged: dict[str, Tensor], states: Sequence[Mapping[str, Tensor]], values: Sequence[Mapping[str, Tensor]] = ()) -> dict[str, Tensor]:
     "The result; where it is not finite, an error that says what of the sources was not, if anything."
-    broken = [name for name, t in merged.items() if not all(map(math.isfinite, _range(t)))]
+    broken = [name for name, t in merged.items() if not math.isfinite(t.sum().item()) and not all(map(math.isfinite, _range(t)))] # a sum is faster, but may overflow
     if not broken: return merged
     for given, fisher in ((states, False), (values, True)): check_fit(given, list(merged), states[0], fisher)
     raise MergeError(f'the sources are finite, but not their merge, in {", ".join(broken[:20])}: the numbers leave the range of {merged[broken[0]].dtype}; '
@@ -342,7 +367,7 @@ def _kin(sources: Sequence[Weights], names: Sequence[str] | None, ancestry: str)
     names, states = _chosen(sources, names), [s.state_dict() if isinstance(s, nn.Module) else s for s in sources]
     check_fit(states, names, states[0], contents=False) # `_sound` looks at the result: the same, but one reading instead of T
     if ancestry == 'check': check_ancestry(states, names)
-    return [{name: s[name].detach() for name in names} for s in states], names
+    return [{name: s[name] for name in names} for s in states], names
 
 def _alphas(ratios: Ratios, states: Sequence[Mapping[str, Tensor]], granularity: str, source: Weights) -> dict[str, Tensor]: # Name -> (T,) or (T, C, 1, ...)
     "Ratios of each parameter."
@@ -351,7 +376,8 @@ def _alphas(ratios: Ratios, states: Sequence[Mapping[str, Tensor]], granularity:
     found = check_ratios(ratios, len(states), unit_of, states[0], granularity)
     return {name: spread(found[unit_of[name]], t.ndim) for name, t in states[0].items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #b9a434f6
+# %% ../../nbs/api/transfer/05_merge.ipynb #2d517979
+@torch.no_grad()
 def mode_imm(
     sources: Sequence[Weights], # T networks or state dicts of one architecture and ancestry
     fishers: Sequence[Mapping[str, Tensor]], # Diagonal Fisher information of each, bare or a `Fisher`
@@ -367,9 +393,9 @@ def mode_imm(
     states, names = _kin(sources, names, ancestry)
     check_fit(values, names, states[0], fisher=True, contents=scale != 'printed') # `_lift` looks at what is printed
     alphas = _alphas(ratios, states, granularity, sources[0])
-    merged = {name: _merge_tensor([s[name] for s in states], [v[name].detach() for v in values], alphas[name], scale) for name in names}
-    return _sound(merged, states, values)
+    return _sound(_merge_all(states, values, alphas, scale), states, values)
 
+@torch.no_grad()
 def mean_imm(
     sources: Sequence[Weights], # As for `mode_imm`
     ratios: Ratios = None,
@@ -380,9 +406,9 @@ def mean_imm(
     "Mean-IMM: the mean weighted by the ratios."
     states, names = _kin(sources, names, ancestry)
     alphas = _alphas(ratios, states, granularity, sources[0])
-    return _sound({name: _merge_tensor([s[name] for s in states], [], alphas[name]) for name in names}, states)
+    return _sound(_merge_all(states, [], alphas), states)
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #abfb7cae
+# %% ../../nbs/api/transfer/05_merge.ipynb #e72fd3e1
 def soup(
     sources: Sequence[Weights], # As for `mode_imm`
     names: Sequence[str] | None = None,
@@ -391,6 +417,7 @@ def soup(
     "The plain mean of the sources."
     return mean_imm(sources, names=names, ancestry=ancestry)
 
+@torch.no_grad()
 def task_arithmetic(
     ancestor: Weights, # What all sources were trained from
     sources: Sequence[Weights], # As for `mode_imm`

@@ -248,7 +248,7 @@ class KeepBest(Callback):
         if np.isfinite(value) and (self.best is None or value > self.best['valid_metric']):
             self.best, self.weights = entry, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
-# %% ../../nbs/api/transfer/01_stages.ipynb #f7b3ffe7
+# %% ../../nbs/api/transfer/01_stages.ipynb #45ebed79
 def read_checkpoint(
     path: str | Path, # File of `Checkpoint`
     stage: dict, # What identifies the stage
@@ -258,8 +258,12 @@ def read_checkpoint(
     content = Path(path).read_bytes()
     if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
         return warnings.warn(f'{path} is damaged: the stage starts over')
-    saved = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
-    if saved['stage'] != stage:
+    try:
+        saved = torch.load(io.BytesIO(content[64:]), map_location='cpu', weights_only=True)
+        other = saved['stage'] != stage
+    # A whole file of somebody else's: PyTorch raises many types for what it refuses to unpickle
+    except Exception: return warnings.warn(f'{path} is no checkpoint: the stage starts over')
+    if other:
         raise ValueError(f"{path} belongs to another stage, {saved['stage']}, not {stage}: use another path or delete it")
     return saved
 
