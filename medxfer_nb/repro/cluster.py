@@ -351,7 +351,7 @@ class Dask:
                 watch({t.job: f.fraction for t, f in running.items() if f.fraction is not None})
         finally: self._leave(running)
 
-# %% ../../nbs/api/repro/02b_cluster.ipynb #af269904
+# %% ../../nbs/api/repro/02b_cluster.ipynb #04737180
 @patch
 def connect(self:Dask): # distributed.Client
     "The connection to the scheduler, made on first use"
@@ -359,7 +359,7 @@ def connect(self:Dask): # distributed.Client
     if self.client: return self.client
     if isinstance(self.target, ClusterSpec): self.cluster = self.target.open()
     where = self.cluster or self.target
-    try: self.client = Client(where, timeout=5, set_as_default=False)
+    try: self.client = Client(where, timeout=15, set_as_default=False)
     except (OSError, ValueError) as e: # A time-out is an OSError
         raise ClusterError(f'no scheduler answers at {where} ({type(e).__name__}): check the address, or start one with `dask scheduler` and workers with `dask worker ADDRESS --nthreads 1`') from None
     return self.client
