@@ -36,6 +36,7 @@ def main() -> None:
         'site and README': lambda: unchanged('the site build', (sys.executable, '.ci/build_site.py')),
         'notebooks': lambda: [run(BIN/'nbdev_test', '--path', f'nbs/{d}', '--n_workers', WORKERS) for d in ('api', 'explanations', 'index.ipynb')],
         'pytest': lambda: run(sys.executable, '-m', 'pytest', '-q', 'tests'),
+        'newest fastai and fastcore': lambda: run(sys.executable, '.ci/newest.py'),
     }
     for name, step in steps.items():
         print(f'\n== {name}', flush=True)

@@ -4,7 +4,7 @@ A second environment lies on top of the locked one, so that only what is newer i
 its own site-packages come first, those of the running interpreter after them. Authoring tools count as not installed.
 The library is installed from a copy of the sources as a user has it: not editable, without the dev extra.
 
-    MEDXFER_NEWEST_MINUTES=10   time for the tests (default 6); what is not reached is counted, not failed; 0: skip all
+    MEDXFER_NEWEST_MINUTES=10   time for the tests (default 4); what is not reached is counted, not failed; 0: skip all
 """
 import os
 import subprocess
@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MINUTES = float(os.environ.get('MEDXFER_NEWEST_MINUTES', 6))
+MINUTES = float(os.environ.get('MEDXFER_NEWEST_MINUTES', 4))
 NEWEST = ['fastai', 'fastcore']
 ABSENT = ['nbdev', 'execnb']
 # What looks at the repository, or executes notebooks: that is the locked environment's part.

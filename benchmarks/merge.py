@@ -43,6 +43,9 @@ def merging(a) -> Race:
     fishers = [{name: torch.rand_like(p) + 1e-6 for name, p in start.items()} for _ in range(a.sources)]
     tasks = {'copy': copying(sources, fishers), 'mode-IMM': lambda: mode_imm(sources, fishers), 'mode-IMM, ancestry trusted': lambda: mode_imm(sources, fishers, ancestry='trust'),
              'mean-IMM': lambda: mean_imm(sources), 'loop over the state dict': lambda: state_dict_loop(sources, fishers)}
+    dead = {name: torch.rand_like(p) < 0.1 for name, p in start.items()} # as behind units that never fire
+    sparse = [{name: f.masked_fill(dead[name], 0.) for name, f in given.items()} for given in fishers]
+    tasks['mode-IMM, a tenth of the Fisher 0'] = lambda: mode_imm(sources, sparse)
     merged, peer = tasks['mode-IMM'](), tasks['loop over the state dict']()
     for name in merged: torch.testing.assert_close(merged[name], peer[name], rtol=1e-4, atol=1e-5)
     return Race('merge', tasks, {'mode-IMM': 2.}, f'{a.sources} networks of {sum(p.numel() for p in start.values())/1e6:.1f} M parameters')

@@ -6,6 +6,7 @@ No goal: `models.precision` measures on the machine that trains, and this shows 
 """
 import copy
 import sys
+from functools import partial
 
 import torch
 
@@ -30,7 +31,7 @@ def modes_of(a, name: str) -> Race:
 def builders(argv: list[str]) -> list:
     "One race for each part; which ones is asked for before the rest of the command line is read."
     chosen = argv[argv.index('--parts') + 1].split(',') if '--parts' in argv[:-1] else ['resnet18'] if '--tiny' in argv else list(PARTS)
-    return [lambda a, name=name: modes_of(a, name) for name in chosen]
+    return [partial(modes_of, name=name) for name in chosen]
 
 
 if __name__ == '__main__':

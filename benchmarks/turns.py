@@ -70,7 +70,7 @@ class Stopwatch(Callback):
     def before_train(self): self.start = self.now()
     def after_train(self): self.seconds = (self.now() - self.start)/len(self.dls.train)
     def now(self) -> float:
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        if torch.cuda.is_initialized(): torch.cuda.synchronize()
         return time.perf_counter()
 
 
@@ -129,15 +129,15 @@ def _alone(build: Callable, a: argparse.Namespace, index: int, answer):
 
 
 def peaks_of(build: Callable, a: argparse.Namespace) -> dict[str, float]:  # Name -> MiB
-    "Each alternative in a process of its own. To fork before the first computation is cheap and safe: no threads and no GPU context yet."
-    context, peaks, index, n = multiprocessing.get_context('fork'), {}, 0, 1
+    "Each alternative in a process of its own. To fork before the first computation is cheap and safe: no threads yet; CUDA forbids it."
+    context, peaks, index, n = multiprocessing.get_context('spawn' if a.device == 'cuda' else 'fork'), {}, 0, 1
     while index < n:
         ours, theirs = context.Pipe(duplex=False)
         child = context.Process(target=_alone, args=(build, a, index, theirs))
         child.start()
         theirs.close()
         try: name, n, peaks[name] = ours.recv()
-        except EOFError: raise SystemExit(f'{build.__name__}: an alternative ended without a result when it ran alone')
+        except EOFError: raise SystemExit(f'{getattr(build, "func", build).__name__}: an alternative ended without a result when it ran alone')
         finally: child.join()
         index += 1
     return peaks

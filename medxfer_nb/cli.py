@@ -320,7 +320,7 @@ def write_failures(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'failures.json', [dict(f, log=os.path.relpath(f['log'], out) if f['log'] else '') for f in failures])
 
-# %% ../nbs/api/cli.ipynb #0116ad7e
+# %% ../nbs/api/cli.ipynb #666839c5
 SchedulerOption = Annotated[str, typer.Option('--scheduler', metavar='ADDRESS', envvar='MEDXFER_SCHEDULER', help='Train on the workers of this Dask scheduler, e.g. tcp://head:8786.')]
 ClusterOption = Annotated[Path, typer.Option('--cluster', metavar='YAML', help='Train on a cluster that is started for it (Slurm, PBS, LSF, SGE), as this file says.')]
 
@@ -337,13 +337,18 @@ def where_to_train(
     try: return cluster_from_yaml(cluster)
     except ClusterError as e: raise ArgumentError(f'--cluster: {e}') from None
 
+def _hush() -> None:
+    "Keep Dask's log off the screen: what matters is said in plain words"
+    import distributed # It sets the level of its log when it is imported
+    if not _DEBUG: logging.getLogger(distributed.__name__).setLevel(logging.CRITICAL)
+
 def _executor(where, store, data_root, jobs):
     "Who trains, as a context: what was started is ended"
     if where is None:
         from medxfer_nb.repro.jobs import Processes
         return nullcontext(Processes(store, data_root, jobs))
     from medxfer_nb.repro.cluster import Dask
-    if not _DEBUG: logging.getLogger('distributed').setLevel(logging.CRITICAL) # What matters is said in plain words
+    _hush()
     return Dask(store, data_root, where, say=typer.echo)
 
 # %% ../nbs/api/cli.ipynb #fd79112f
@@ -568,7 +573,7 @@ def _check_comparison(data, task, strategies, budget, dimension, jobs, size) -> 
     try: parse_duration(budget)
     except DesignError as e: raise ArgumentError(f'--budget: {e}') from None
 
-# %% ../nbs/api/cli.ipynb #4abbbeaa
+# %% ../nbs/api/cli.ipynb #9fc188f2
 def _compared(arguments, with_model) -> None:
     "Compare, tell, hand over"
     from medxfer_nb.compare.study import compare_strategies
@@ -604,7 +609,7 @@ def compare(
     _check_comparison(data, task, strategy or (), budget, dimension, jobs, size)
     arguments = dict(cases=data, task=task or None, sources=tuple(source or ()), strategies=strategy or None, budget=budget, out=out, labels=parse_labels(labels),
                      dimension=dimension, size=size, jobs=jobs, seed=seed, dry_run=dry_run, cluster=where_to_train(scheduler, cluster, jobs))
-    if not _DEBUG: logging.getLogger('distributed').setLevel(logging.CRITICAL)
+    if arguments['cluster']: _hush()
     _heed_interrupts()
     try: _compared(arguments, model)
     except KeyboardInterrupt:

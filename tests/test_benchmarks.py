@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -75,12 +76,12 @@ def test_memory_is_that_of_the_alternative_alone(turns):
     def race(a):
         def take(megabytes): return lambda: np.ones(megabytes*2**17).sum() * 0.
         return turns.Race('memory', {'little': take(1), 'much': take(200)}, {'much': 1e9}, lean=True)
-    peaks = turns.peaks_of(race, None)
+    peaks = turns.peaks_of(race, SimpleNamespace(device='cpu'))
     assert 180 < peaks['much'] - peaks['little'] < 260
     row, = turns.rows_of(race(None), {'little': [1.], 'much': [1.]}, 'cpu', peaks)
     assert row.met is False  # as fast, but it takes more memory
     def broken(a): return turns.Race('broken', {'plain': lambda: sys.exit(3)})
-    with pytest.raises(SystemExit, match='broken: an alternative ended without a result'): turns.peaks_of(broken, None)
+    with pytest.raises(SystemExit, match='broken: an alternative ended without a result'): turns.peaks_of(broken, SimpleNamespace(device='cpu'))
 
 
 @pytest.mark.parametrize('name', ROWS)

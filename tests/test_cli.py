@@ -1,4 +1,5 @@
 "The command line: what it says, what it refuses, what it does once and not again."
+import logging
 import signal
 import subprocess
 import sys
@@ -154,6 +155,12 @@ def test_runs_are_trained_where_a_scheduler_says(quick, monkeypatch):
     assert '0 of 2 notebooks to execute' in run(*REPRODUCE).output
     lost = run(*REPRODUCE, '--seeds', '2')
     assert lost.exit_code == 1 and lost.output.rstrip().endswith('and workers with `dask worker ADDRESS --nthreads 1`') and f'no scheduler answers at {address}' in lost.output
+
+
+def test_the_log_of_dask_stays_off_the_screen():
+    "In a process of its own: importing it sets the level anew"
+    code = "from medxfer_nb.cli import _hush; _hush(); import distributed, logging; print(logging.getLogger('distributed').level)"
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.strip() == str(logging.CRITICAL)
 
 
 def train_and_draw(address):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from medxfer_nb.repro import cluster as module
 from medxfer_nb.repro.cluster import ClusterError, Dask, cluster_from_yaml
-from medxfer_nb.repro.jobs import Experiment, Processes, load_or_run, plan, register
+from medxfer_nb.repro.jobs import Experiment, Processes, Ticket, load_or_run, plan, register
 from medxfer_nb.repro.store import Result, RunConfig, Store, load_tensors, save_tensors
 
 HERE, PATIENCE = Path(__file__).parent, 240  # Seconds, on a machine with other things to do
@@ -375,7 +375,7 @@ def test_a_file_that_describes_a_cluster(tmp_path):
         spec = read(f'kind: {kind}\nwalltime: "{time_}"\n{base}')
         script = spec.job_script().splitlines()
         assert line in script and 'module load python' in script and any('long' in l for l in script) and spec.most == 3
-        assert '--nthreads 1 --resources CORES=8 --lifetime 14100s --lifetime-stagger 240s' in script[-1] + script[-2]
+        assert '--nthreads 1 --resources CORES=8 --lifetime 13860s --lifetime-stagger 240s' in script[-1] + script[-2]
     wrong = {'kind': 'kind: cloud', 'memory': 'kind: slurm\nworkers: 1\ncores: 2', 'cores': 'kind: slurm\nworkers: 1\ncores: many', 'walltime': 'kind: slurm\nwalltime: "30:00"\n' + base,
              'adapt': 'kind: pbs\nadapt: 5', 'gpus': 'kind: sge\ngpus: 2', 'workers': 'kind: slurm\ncores: 1\nmemory: 1GB', 'job_script_prologue': 'kind: slurm\njob_script_prologue: module load x', 'queu': 'kind: slurm\nqueu: a'}
     for key, text in wrong.items():
@@ -400,3 +400,47 @@ def test_one_machine_needs_no_dask():
     code = 'import sys, medxfer_nb.repro.cluster, medxfer_nb.repro.jobs; print([m for m in ("distributed", "dask", "torch") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
     assert not getattr(Processes, 'elsewhere', False)
+
+
+@pytest.fixture
+def unconnected(tmp_path):
+    "A client side that talks to nobody, and what it says"
+    said = []
+    d = Dask(Store(tmp_path), address='tcp://127.0.0.1:1', say=said.append)
+    d.client, d.said, d.again, d.begun, d.handed = SimpleNamespace(scheduler=SimpleNamespace(address='tcp://head:8786')), said, [], defaultdict(list), defaultdict(int)
+    return d
+
+
+def test_that_no_worker_comes_is_said_once(unconnected):
+    d, here = unconnected, {'tcp://a:1': dict(threads=1, gpus=0, name='a')}
+    d.alone, d.looked = 100., 100. + module.PATIENCE - 1
+    d._lonely()
+    assert d.said == []  # Not yet
+    d.looked += 2
+    for _ in range(3): d._lonely()
+    assert len(d.said) == 1 and 'no worker at tcp://head:8786' in d.said[0] and 'dask worker tcp://head:8786' in d.said[0]
+    d.workers, d.looked = here, d.looked + 1
+    d._lonely()
+    d.workers, d.gpus, d.looked = here, 1, d.looked + module.PATIENCE + 1  # One without what the runs need is none
+    d._lonely()
+    assert len(d.said) == 2 and 'with a GPU' in d.said[1] and '--resources GPU=1' in d.said[1]
+
+
+def test_nothing_is_sent_to_workers_that_are_refused(unconnected):
+    d = unconnected
+    d.workers = d.refused = {'tcp://a:1': dict(threads=1, gpus=0, name='a')}
+    assert list(d._useful([SimpleNamespace(after=(), outcome=None)], {})) == []
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_run_that_is_handed_back_for_ever(unconnected, shared):
+    "With a shared store it goes on from its checkpoint as often as it takes; without one it would begin anew each time"
+    d, t = unconnected, Ticket(SimpleNamespace(key='k', config=SimpleNamespace(label='a run')), ())
+    def once():
+        d.begun['k'].append('tcp://a:1')
+        return d._replied(t, dict(status='again', message='its worker is leaving', worker='tcp://a:1', shared=shared))
+    outcomes = [once() for _ in range(3)]
+    assert outcomes[:2] == [None, None] and len(d.again) == 2 + shared
+    assert all('handed back by tcp://a:1 (its worker is leaving)' in line for line in d.said) and ('from its beginning' in d.said[0]) != shared
+    if shared: assert outcomes[2] is None
+    else: assert outcomes[2].status == 'failed' and 'handed back 3 times' in outcomes[2].message and 'longer walltime' in outcomes[2].message

@@ -14,6 +14,7 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn import functional as F
 
+from medxfer_nb.models.unet import WeightedCrossEntropy
 from medxfer_nb.transfer.fisher import fisher, load_fisher
 from medxfer_nb.transfer.freeze import Fix
 from medxfer_nb.transfer.l2sp import L2SP
@@ -105,6 +106,11 @@ def error_of(fn) -> str:
     except Exception as e: return f'{type(e).__name__}: {e}'
     return ''
 
+
+def weighted(**options):
+    "Class weights: the mean is over weights, and shares of a batch differ in them"
+    loss = WeightedCrossEntropy(torch.tensor([.2, 1., 5.], dtype=torch.float64))
+    return fit(learner(convnet(), Stream(Y, 8, 3), Y, loss), **options)
 
 def masked(**options):
     return fit(learner(convnet(), Stream(KNOWN, 8, 3), KNOWN, masked_bce), **options)
@@ -217,11 +223,11 @@ def helpers():
 CHECKS = dict(
     helpers=helpers, plain=lambda: fit(learner(convnet(rank()))), accumulated=lambda: l2sp_fit('loss', cbs=[GradientAccumulation(14)]),
     clipped=lambda: l2sp_fit('grad', cbs=[GradientClip(0.1)]), **{form: (lambda form=form: l2sp_fit(form)) for form in ('loss', 'grad', 'proximal')},
-    masked=lambda: masked(weight=lambda y: (~y.isnan()).sum()), frozen=frozen, unused=unused, predictions=predictions, metrics=metrics, statistics=statistics,
+    masked=masked, weighted=weighted, frozen=frozen, unused=unused, predictions=predictions, metrics=metrics, statistics=statistics,
     measured=measured, adapted=lambda: adapted(checkpoint=FOLDER/f'timm{world_size()}'), plain_loss=lambda: plain_ctx('loss'), plain_grad=lambda: plain_ctx('grad'))
 
 FAULTS = dict(
-    per_rank=lambda: l2sp_fit('loss', PerRank), by_rank=lambda: fit(learner(convnet()), weight=lambda *y: 1), by_case=lambda: masked(),
+    per_rank=lambda: l2sp_fit('loss', PerRank), by_rank=lambda: fit(learner(convnet()), weight=lambda *y: 1), by_case=lambda: masked(weight=len),
     unwrapped=lambda: error_of(lambda: fit(learner(convnet(), cbs=Unwrapped()))),
     other_data=lambda: error_of(lambda: fit(learner(convnet(), Stream(Y, 7, 2, seed=rank())))),
     other_sources=lambda: error_of(lambda: adapted(0.1 + 0.1 * rank())),
@@ -263,7 +269,7 @@ def far(a, b) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if a.numel() else 0.
 
 
-SAME = ('plain', 'accumulated', 'clipped', 'loss', 'grad', 'proximal', 'masked', 'frozen', 'unused', 'predictions', 'plain_loss', 'plain_grad')
+SAME = ('plain', 'accumulated', 'clipped', 'loss', 'grad', 'proximal', 'masked', 'weighted', 'frozen', 'unused', 'predictions', 'plain_loss', 'plain_grad')
 
 @pytest.mark.parametrize('name', SAME)
 def test_like_one_process(runs, name):

@@ -230,7 +230,7 @@ def fisher_shares(
     shares = {name: torch.stack(_relative([SCALES[scale](v[name].detach()) for v in values])) for name in names}
     return {name: s / s.sum(0) for name, s in shares.items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #18ed8084
+# %% ../../nbs/api/transfer/05_merge.ipynb #2f1f57b3
 BLOCK = 2**17 # entries at a time for each thread of a CPU: temporaries stay in its cache, and calls do not yet cost more than the work
 
 def _blocks(alpha: Tensor, *groups: Sequence[Tensor]) -> Iterator[tuple]: # alpha (T, 1 or rows, 1); each group's (rows, columns)
@@ -258,7 +258,7 @@ def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor]
     total, spare = (None, None) if work is None else work[:, :len(out)]
     total = torch.mul(shares[0], alpha[0], out=total)
     gaps = not positive and _gaps(total) # else all sums to come are positive
-    if gaps:
+    if gaps and total.device.type != 'cpu': # to pick entries out would mean to wait
         shares = _alive(shares, alpha)
         total = torch.mul(shares[0], alpha[0])
     mean = thetas[0]
@@ -269,6 +269,10 @@ def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor]
         mean = torch.lerp(theta, mean, total, out=out)
         total, spare = spare, total
     if mean is not out: out.copy_(mean)
+    if gaps and total.device.type == 'cpu' and (dead := total == 0).any(): # the mean by the ratios, where there is no Fisher information
+        picked = [[t.expand_as(dead)[dead][:, None] for t in group] for group in (thetas, alpha)]
+        _merge_block(found := out.new_empty(len(picked[0][0]), 1), picked[0], [out.new_ones(1, 1)] * len(thetas), torch.stack(picked[1]))
+        out[dead] = found[:, 0]
 
 # %% ../../nbs/api/transfer/05_merge.ipynb #d914240f
 class _Mix(torch.autograd.Function):

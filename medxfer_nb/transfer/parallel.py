@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RankError', 'rank', 'world_size', 'join_ranks', 'leave_ranks', 'all_reduce_', 'broadcast_', 'gathered',
-           'on_all_ranks', 'same_on_ranks', 'launch', 'share_of', 'Share', 'gather_cases', 'DataParallel',
-           'data_parallel', 'Dealt', 'fisher_over_ranks']
+           'on_all_ranks', 'same_on_ranks', 'launch', 'share_of', 'Share', 'gather_cases', 'share_weight',
+           'DataParallel', 'data_parallel', 'Dealt', 'fisher_over_ranks']
 
-# %% ../../nbs/api/transfer/08_parallel.ipynb #d52f52fb
+# %% ../../nbs/api/transfer/08_parallel.ipynb #bc2967c1
 import os, pickle, time, traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,7 +28,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .fisher import Fisher, FisherError, Likelihood, Names, cases_in_batches, chosen_parameters, fisher, get_likelihood, save_fisher, uniform
-from .stages import Checkpoint
+from ..models.unet import WeightedCrossEntropy
+from .stages import Checkpoint, masked_bce
 from .timm import MergedTensor
 
 # %% ../../nbs/api/transfer/08_parallel.ipynb #95cc7dc5
@@ -269,7 +270,20 @@ def _swap_back(model: nn.Module, old: Mapping[str, nn.Module]):
         m._parameters, m._buffers, m.training = now._parameters, now._buffers, now.training
         model.set_submodule(path, m)
 
-# %% ../../nbs/api/transfer/08_parallel.ipynb #7d33f80d
+# %% ../../nbs/api/transfer/08_parallel.ipynb #342e5439
+def share_weight(loss_func: Callable) -> Callable[..., Tensor | int]: # Targets of a share -> weight of its mean loss
+    "What a loss divides by: known labels, the weights of the classes that are there, or cases."
+    loss = getattr(loss_func, 'func', loss_func) # fastai's losses wrap PyTorch's
+    if loss is masked_bce: return lambda y: (~y.as_subclass(Tensor).isnan()).sum()
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and loss.reduction == 'mean':
+        def known(y):
+            y = y.as_subclass(Tensor).long()
+            y = y[y != loss.ignore_index]
+            return y.numel() if loss.weight is None else loss.weight.to(y.device)[y].sum()
+        return lambda y: known(y) if isinstance(loss, WeightedCrossEntropy) or not y.is_floating_point() else len(y) # probabilities of classes: PyTorch divides by cases
+    return lambda *y: find_bs(y)
+
+# %% ../../nbs/api/transfer/08_parallel.ipynb #6493c0a5
 def _constants(model: nn.Module) -> dict[str, Tensor]: # Name -> buffer
     "Sources and Fisher shares of an `AdaptiveMerge`: large, and they do not change."
     return {f'{path}.{name}'.lstrip('.'): b for path, m in model.named_modules() if isinstance(m, MergedTensor) for name, b in m.named_buffers()}
@@ -279,7 +293,7 @@ class DataParallel(Callback):
     name = 'ranks'
     order = 10.25 # after MixedPrecision has left autocast, before L2SP takes its anchor and adds its penalty
     def __init__(self,
-        weight: Callable[..., Tensor | float] | None = None, # Targets of the share -> weight of its mean loss; None: number of cases
+        weight: Callable[..., Tensor | float] | None = None, # Targets of the share -> weight of its mean loss; None: `share_weight` of the loss
         sync_bn: bool | None = None, # BatchNorm over the whole batch; None: where the backend is nccl
         find_unused: bool = False, # May a step leave parameters out? See `DistributedDataParallel`
     ):
@@ -321,7 +335,7 @@ class DataParallel(Callback):
     def after_loss(self):
         if not self.training or not len(self.yb): return
         mine, loss = _count(share_of(self.dl.cases, rank(), world_size())), self.loss.detach().as_subclass(Tensor).double()
-        w = self.weight(*self.yb) if self.weight and mine else mine # a stand-in counts nothing
+        w = (self.weight or share_weight(self.loss_func))(*self.yb) if mine else 0 # a stand-in counts nothing
         w = torch.as_tensor(w, dtype=loss.dtype, device=loss.device)
         total, summed = all_reduce_(torch.stack([w, w * loss])).unbind()
         total = total.clamp(min=1e-300) # no label known anywhere
@@ -364,11 +378,11 @@ def restore(self: DataParallel):
     self.learn.dls.loaders, self.bare, self.wrapped = self.loaders, None, None
     self.accelerator.clear() # it would keep the wrapper
 
-# %% ../../nbs/api/transfer/08_parallel.ipynb #22a60240
+# %% ../../nbs/api/transfer/08_parallel.ipynb #c91c4547
 @contextmanager
 def data_parallel(
     learn: Learner, # The same on every rank
-    weight: Callable[..., Tensor | float] | None = None, # Targets of a share -> weight of its mean loss; None: number of cases
+    weight: Callable[..., Tensor | float] | None = None, # Targets of a share -> weight of its mean loss; None: `share_weight` of the loss
     sync_bn: bool | None = None, # BatchNorm over the whole batch; None: on GPUs
     find_unused: bool = False, # May a step leave parameters out, as with several heads? It costs time
 ):
