@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predicate', 'Weights', 'STATISTICS', 'KINSHIP', 'JUDGED', 'SAMPLE', 'GRANULARITIES', 'Ratios', 'SCALES', 'BLOCK',
-           'SMALL', 'all_layers', 'conv_layers', 'layers_but_norms', 'layers_of', 'partition', 'MergeError',
+           'LEAST', 'SMALL', 'all_layers', 'conv_layers', 'layers_but_norms', 'layers_of', 'partition', 'MergeError',
            'mergeable', 'check_fit', 'kernel_cosines', 'check_ancestry', 'layer_path', 'units', 'check_ratios',
            'spread', 'fisher_shares', 'mix', 'mode_imm', 'mean_imm', 'soup', 'task_arithmetic', 'load_merged']
 
@@ -230,7 +230,7 @@ def fisher_shares(
     shares = {name: torch.stack(_relative([SCALES[scale](v[name].detach()) for v in values])) for name in names}
     return {name: s / s.sum(0) for name, s in shares.items()}
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #2f1f57b3
+# %% ../../nbs/api/transfer/05_merge.ipynb #8ffe81cf
 BLOCK = 2**17 # entries at a time for each thread of a CPU: temporaries stay in its cache, and calls do not yet cost more than the work
 
 def _blocks(alpha: Tensor, *groups: Sequence[Tensor]) -> Iterator[tuple]: # alpha (T, 1 or rows, 1); each group's (rows, columns)
@@ -248,39 +248,31 @@ def _gaps(total: Tensor) -> bool:
     "May some be zero? To ask a GPU would mean to wait for it."
     return total.device.type != 'cpu' or bool(total.numel()) and total.min().item() == 0
 
-def _alive(shares: Sequence[Tensor], alpha: Tensor) -> Sequence[Tensor]:
-    "Shares, equal where no source with a ratio has one."
-    total = sum(s * a for s, a in zip(shares, alpha))
-    return [s.masked_fill(total == 0, 1.) for s in shares] if _gaps(total) else shares
+LEAST = 2.**-100 # Fisher information that is lost in rounding beside any other
 
 def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor, work: Tensor | None = None, positive: bool = False):
     "out <- sum of alpha share theta / sum of alpha share, source by source; `work`: space for two numbers per entry; `positive`: are all products known to be?"
     total, spare = (None, None) if work is None else work[:, :len(out)]
     total = torch.mul(shares[0], alpha[0], out=total)
-    gaps = not positive and _gaps(total) # else all sums to come are positive
-    if gaps and total.device.type != 'cpu': # to pick entries out would mean to wait
-        shares = _alive(shares, alpha)
-        total = torch.mul(shares[0], alpha[0])
+    least = None if positive else alpha / alpha.amax(0) * LEAST # so that the ratios alone decide where no source with a ratio has a share
+    if not positive: total.add_(least[0])
     mean = thetas[0]
-    for theta, share, a in zip(thetas[1:], shares[1:], alpha[1:]):
-        spare = torch.addcmul(total, share, a, out=spare)
+    for t, (theta, share) in enumerate(zip(thetas[1:], shares[1:]), 1):
+        spare = torch.addcmul(total, share, alpha[t], out=spare)
+        if not positive: spare.add_(least[t])
         total.div_(spare) # the part of the sources so far
-        if gaps: total.masked_fill_(spare == 0, 0.) # 0/0: nothing has had weight yet
+        if not positive: total.masked_fill_(spare == 0, 0.) # no source so far has a ratio
         mean = torch.lerp(theta, mean, total, out=out)
         total, spare = spare, total
     if mean is not out: out.copy_(mean)
-    if gaps and total.device.type == 'cpu' and (dead := total == 0).any(): # the mean by the ratios, where there is no Fisher information
-        picked = [[t.expand_as(dead)[dead][:, None] for t in group] for group in (thetas, alpha)]
-        _merge_block(found := out.new_empty(len(picked[0][0]), 1), picked[0], [out.new_ones(1, 1)] * len(thetas), torch.stack(picked[1]))
-        out[dead] = found[:, 0]
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #d914240f
+# %% ../../nbs/api/transfer/05_merge.ipynb #33e03229
 class _Mix(torch.autograd.Function):
     "Eq. 2 for one tensor, and its derivative in closed form."
     @staticmethod
     def forward(theta, share, alpha):
         out = theta.new_empty(theta.shape[1:])
-        for a, (o,), thetas, shares in _blocks(alpha, [out], theta.unbind(), share.unbind()): _merge_block(o, thetas, shares, a)
+        for a, (o,), thetas, shares in _blocks(alpha, [out], theta.unbind(), share.unbind()): _merge_block(o, thetas, shares, a / LEAST) # shares end at 1
         return out
 
     @staticmethod
@@ -293,8 +285,12 @@ class _Mix(torch.autograd.Function):
         to_theta = theta.new_empty(theta.shape) if ctx.needs_input_grad[0] else theta.new_empty(0)
         to_alpha, row = alpha.new_zeros(len(alpha), alpha[0].numel(), 1), 0
         for a, (o, g), thetas, shares, tos in _blocks(alpha, [out, grad], theta.unbind(), share.unbind(), to_theta.unbind()):
-            shares = _alive(shares, a)
-            pull = g / sum(s * b for s, b in zip(shares, a)).clamp_min_(torch.finfo(g.dtype).tiny)
+            total = shares[0] * a[0]
+            for s, b in zip(shares[1:], a[1:]): total.addcmul_(s, b)
+            if _gaps(total):
+                dead = total == 0 # there the sources count alike
+                shares, total = [s.masked_fill(dead, 1.) for s in shares], torch.where(dead, a.sum(0), total)
+            pull = g / total.clamp_min_(torch.finfo(g.dtype).tiny)
             block = to_alpha[:, row:row + a.shape[1]]
             for t, (source, s) in enumerate(zip(thetas, shares)): block[t] += (source - o).mul_(pull).mul_(s).sum_to_size(a[t].shape)
             for t, to in enumerate(tos): torch.mul(pull, shares[t] * a[t], out=to)
@@ -314,7 +310,7 @@ def mix(
                          f'{tuple(theta.shape)}, {tuple(share.shape)} and {tuple(alpha.shape)}')
     return _Mix.apply(theta, share.detach().to(theta.dtype), alpha.to(theta.dtype))
 
-# %% ../../nbs/api/transfer/05_merge.ipynb #db0e1d41
+# %% ../../nbs/api/transfer/05_merge.ipynb #0a2328e6
 def _lift(fishers: Sequence[Tensor]) -> tuple[float, float]: # NaN where there is Fisher information that is none; the least of it, lifted
     "A power of two that takes the largest Fisher information near the top of float32, so that the small ones do not vanish."
     lows, tops = zip(*map(_range, fishers)) if fishers else ((0.,), (0.,))
@@ -332,7 +328,7 @@ def _merge_tensor(thetas: Sequence[Tensor], fishers: Sequence[Tensor], alpha: Te
         lift, low = _lift(fs) # here, because it brings the block into the cache
         if math.isnan(lift): return out.fill_(math.nan).to(first.dtype)
         if fs and work is None: work = o.new_empty(2, *o.shape) # the first block is the largest; new memory for each costs a pass over it
-        _merge_block(o, ths, fs or [equal] * len(ths), (a * lift).to(dtype), work, positive=low * least > 1e-37)
+        _merge_block(o, ths, fs or [equal] * len(ths), (a * lift).to(dtype), work, positive=(low if fs else lift) * least > 1e-37)
     return out.to(first.dtype)
 
 def _merge_small(group: Sequence[tuple]) -> list[Tensor]: # of (thetas, Fisher information, ratios) for each tensor
