@@ -24,7 +24,7 @@ setup(
     package_data={'medxfer_nb': ['study/*.json']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'cluster', 'parallel')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'cluster', 'parallel', 'interactive')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['medxfer_nb=medxfer_nb._modidx:d']},
     zip_safe=False,
 )

@@ -1,11 +1,13 @@
 """Build the site offline from the same `_quarto.yml` that Quarto reads, then check every link.
 
 `nbdev_docs` needs a Quarto binary; this needs only Python packages. Steps: nbdev processes the notebooks,
-README.md is written from the processed index, smalldocs renders, TeX becomes MathML (no script from a network),
+README.md is written from the processed index, smalldocs renders, TeX becomes MathML (no script and no font from a network),
 and smalldocs' own check plus ours make sure that no page refers to anything outside the site but by a plain link.
+With a folder as argument the site goes there, and README.md stays as it is.
 """
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,19 +15,22 @@ import sys
 from pathlib import Path
 
 import yaml
+from finish_pages import page_of
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT/'_proc', ROOT/'_docs'
+PUBLISHED = 'https://medxfer.github.io/medxfer_nb/'
 
 
 def stage() -> None:
     "Process the notebooks into `_proc`, named as they are linked: without their number."
     from nbdev.serve import proc_nbs
     proc_nbs(force=True)
-    for nb in STAGE.rglob('*.ipynb'):
-        nb.write_text(re.sub(r'\s*"output-file: [^"]+\\n",', '', nb.read_text(encoding='utf-8')), encoding='utf-8')  # smalldocs names pages itself
-        if bare := re.fullmatch(r'\d+[a-z]?_(.+)', nb.name): nb.rename(nb.with_name(bare[1]))
+    for i, nb in enumerate(sorted(STAGE.rglob('*.ipynb')), 1):  # smalldocs names a page itself; the sidebar keeps the order of the numbers
+        text = re.sub(r'"output-file: [^"]+\\n"', rf'"order: {i}\\n"', nb.read_text(encoding='utf-8'))
+        nb.write_text(re.sub(r'\[\[(`[^`]+`)\]\(https?:[^)]*\)\](\([^)]+\))', r'[\1]\2', text), encoding='utf-8')  # nbdev links a name within a link once more
+        nb.rename(nb.with_name(page_of(ROOT/'nbs'/nb.relative_to(STAGE)).with_suffix('.ipynb').name))
 
 
 def readme() -> str:
@@ -50,33 +55,53 @@ def readme() -> str:
 def mathml(page: str) -> str:
     "Replace TeX between \\( \\) and \\[ \\] by MathML and drop the loader of KaTeX."
     page = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', page)
-    def put(display): return lambda m: convert(html.unescape(m[1]), display=display)
+    def put(display): return lambda m: re.sub(r'(<mi>(?:log|exp|det|tr|max|min)</mi>)(?=<m)', r'\1<mspace width="0.17em"/>', convert(html.unescape(m[1]), display=display))
     page = re.sub(r'\\\[(.+?)\\\]', put('block'), page, flags=re.S)
     return re.sub(r'\\\((.+?)\\\)', put('inline'), page, flags=re.S)
 
 
-def outside_references(page: str) -> list[str]:
-    "What a browser would load from elsewhere: every src, and every href of a stylesheet or icon."
-    return re.findall(r'<(?:script|img|iframe|source|video)[^>]*\ssrc="(https?:[^"]+)"|<link[^>]*rel="(?:stylesheet|icon|preload)"[^>]*href="(https?:[^"]+)"', page)
+def reachable(page: str) -> str:
+    "What folds is a button for the keyboard and for those who hear the page; icons beside words are silent."
+    page = re.sub(r'(<a class="sidebar-item-text[^>]*data-bs-target="(#[^"]+)" )role="navigation"', r'\1href="\2" role="button"', page)
+    page = re.sub(r'(<a class="sidebar-item-toggle[^>]*) role="navigation"[^>]*>', r'\1 aria-hidden="true">', page)
+    page = page.replace('class="quarto-color-scheme-toggle', 'role="button" aria-label="Dark mode" class="quarto-color-scheme-toggle')
+    return re.sub(r'(<i class="bi[^"]*") role="img"', r'\1 aria-hidden="true"', page)
+
+
+def here(page: str, own: str, anchors: dict[str, set[str]]) -> str:
+    "Links to the published site stay within this one; one that leads nowhere (nbdev takes any name in backticks for ours) becomes plain text."
+    def local(m):
+        path, mark, anchor = m[1].partition('#')
+        if path not in anchors or anchor and anchor not in anchors[path]: return m[2]
+        return f'<a href="{os.path.relpath(path, os.path.dirname(own) or ".")}{mark}{anchor}">{m[2]}</a>'
+    return re.sub(rf'<a href="{PUBLISHED}([^"]*)">(.*?)</a>', local, page, flags=re.S)
+
+
+def outside_references(text: str) -> list[str]:
+    "What a browser would load from elsewhere: every src, every href of a stylesheet or icon, every url() of a style."
+    found = re.findall(r'<(?:script|img|iframe|source|video)[^>]*\ssrc="(https?:[^"]+)"|<link[^>]*rel="(?:stylesheet|icon|preload)"[^>]*href="(https?:[^"]+)"|url\(["\']?(https?:[^)]+)\)', text)
+    return [''.join(f) for f in found]
 
 
 def smalldocs(*args: str) -> None: subprocess.run([sys.executable, '-m', 'smalldocs.cli', *args], cwd=STAGE, check=True)
 
 
-def main() -> None:
+def main(site: Path | None = None) -> None:
     stage()
-    (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    if site is None: (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    site = site or SITE
     smalldocs('render')
     smalldocs('check')
-    shutil.rmtree(SITE, ignore_errors=True)
-    shutil.move(STAGE/'_docs', SITE)
-    bad = []
-    for file in SITE.rglob('*.html'):
-        page = mathml(file.read_text(encoding='utf-8'))
-        bad += [f'{file.relative_to(SITE)}: {a or b}' for a, b in outside_references(page)]
-        file.write_text(page, encoding='utf-8')
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.move(STAGE/'_docs', site)
+    for style in site.rglob('*.css'):  # The themes ask for fonts of a server; the site has its own choice
+        style.write_text(re.sub(r'@import url\(https?:[^)]*\);', '', style.read_text(encoding='utf-8')), encoding='utf-8')
+    pages = {f.relative_to(site).as_posix(): reachable(mathml(f.read_text(encoding='utf-8'))) for f in site.rglob('*.html')}
+    anchors = {name: set(re.findall(r'\sid="([^"]+)"', page)) for name, page in pages.items()}
+    for name, page in pages.items(): (site/name).write_text(here(page, name, anchors), encoding='utf-8')
+    bad = [f'{f.relative_to(site)}: {url}' for f in site.rglob('*') if f.suffix in ('.html', '.css') for url in outside_references(f.read_text(encoding='utf-8'))]
     if bad: sys.exit('the site loads from outside:\n' + '\n'.join(bad))
-    print(f'site: {SITE.relative_to(ROOT)}/index.html, {len(list(SITE.rglob("*.html")))} pages, no broken link, no outside reference')
+    print(f'site: {site/"index.html"}, {len(list(site.rglob("*.html")))} pages, no broken link, no outside reference')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(*map(Path, sys.argv[1:]))

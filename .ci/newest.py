@@ -20,7 +20,7 @@ MINUTES = float(os.environ.get('MEDXFER_NEWEST_MINUTES', 4))
 NEWEST = ['fastai', 'fastcore']
 ABSENT = ['nbdev', 'execnb']
 # What looks at the repository, or executes notebooks: that is the locked environment's part.
-ELSEWHERE = ['repository', 'repro_notebooks', 'tutorials', 'smoke']
+ELSEWHERE = ['repository', 'repro_notebooks', 'site', 'tutorials', 'smoke']
 # First what stands on fastai itself; last what takes minutes and asks little of it.
 FIRST = ['models_precision', 'transfer', 'transfer_l2sp', 'models_unet', 'colorization_runs', 'lesion_runs', 'brain_runs', 'compare_tasks', 'compare_recipes', 'compare_runs', 'transfer_timm']
 LAST = ['cli', 'compare_cli', 'paper_scale', 'paper_scale_l2sp', 'real_films']

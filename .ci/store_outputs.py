@@ -1,7 +1,8 @@
-"""Copy the outputs of a finished `make reproduce` into the committed paper notebooks, for the site: python .ci/store_outputs.py results/demo"""
+"""Copy the outputs of a finished `make reproduce` into the committed paper notebooks, and what the home page shows of them: python .ci/store_outputs.py results/demo"""
 import base64, io, json, sys
 from pathlib import Path
 
+import home
 from PIL import Image
 
 COLOURS = (128, 32, 16)  # A figure's pixels in a palette: less than half the size, and no difference to the eye; fewer for large ones, which are lines on white
@@ -41,3 +42,4 @@ def store(executed: Path, notebook: Path) -> None:
 
 if __name__ == '__main__':
     for executed in sorted(Path(sys.argv[1]).glob('*/*.ipynb')): store(executed, Path('nbs/papers')/executed.parent.name/executed.name)
+    home.main()

@@ -6,8 +6,8 @@
 __all__ = ['app', 'PAPERS', 'SchedulerOption', 'ClusterOption', 'StoreOption', 'STORE', 'assets', 'Names', 'ArgumentError',
            'clear_errors', 'medxfer', 'show_table', 'choose', 'paper_notebooks', 'parse_seeds', 'Item', 'select_items',
            'default_jobs', 'missing_runs', 'needed_assets', 'show_plan', 'library_hash', 'Drawing', 'Drawings',
-           'write_failures', 'where_to_train', 'reproduce', 'runs', 'list_assets', 'fetch_assets', 'verify_assets',
-           'report', 'parse_labels', 'compare', 'predict']
+           'write_failures', 'Exported', 'where_to_train', 'reproduce', 'runs', 'list_assets', 'fetch_assets',
+           'verify_assets', 'report', 'parse_labels', 'compare', 'predict']
 
 # %% ../nbs/api/cli.ipynb #d397f880
 import importlib, json, logging, os, shutil, signal, sys, time, traceback, warnings
@@ -320,18 +320,28 @@ def write_failures(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'failures.json', [dict(f, log=os.path.relpath(f['log'], out) if f['log'] else '') for f in failures])
 
-# %% ../nbs/api/cli.ipynb #666839c5
-SchedulerOption = Annotated[str, typer.Option('--scheduler', metavar='ADDRESS', envvar='MEDXFER_SCHEDULER', help='Train on the workers of this Dask scheduler, e.g. tcp://head:8786.')]
+# %% ../nbs/api/cli.ipynb #5e642563
+class Exported(str):
+    "An address from the environment"
+
+def _told_apart(context:typer.Context, value:str) -> str:
+    source = context.get_parameter_source('scheduler')
+    return Exported(value) if value and source and source.name == 'ENVIRONMENT' else value
+
+SchedulerOption = Annotated[str, typer.Option('--scheduler', metavar='ADDRESS', envvar='MEDXFER_SCHEDULER', callback=_told_apart, help='Train on the workers of this Dask scheduler, e.g. tcp://head:8786.')]
 ClusterOption = Annotated[Path, typer.Option('--cluster', metavar='YAML', help='Train on a cluster that is started for it (Slurm, PBS, LSF, SGE), as this file says.')]
 
 def where_to_train(
-    scheduler:str|None, # Address
+    scheduler:str|None, # Address; if `Exported`, only where nothing else was typed
     cluster:Path|None, # YAML file
     jobs:int|None # Runs at once on this machine
 ): # Address, `ClusterSpec`, or None: this machine
     "Where runs are trained; refuse what contradicts itself"
-    if scheduler and cluster: raise ArgumentError('--scheduler (or $MEDXFER_SCHEDULER) and --cluster exclude each other: give one of them')
-    if (scheduler or cluster) and jobs is not None: raise ArgumentError('--jobs is for this machine: leave it away where --scheduler (or $MEDXFER_SCHEDULER) or --cluster is given; there the workers decide')
+    if isinstance(scheduler, Exported) and (cluster or jobs is not None):
+        typer.echo(f"MEDXFER_SCHEDULER={scheduler} is left aside: {'--cluster' if cluster else '--jobs'} was given", err=True)
+        scheduler = None
+    if scheduler and cluster: raise ArgumentError('--scheduler and --cluster exclude each other: give one of them')
+    if (scheduler or cluster) and jobs is not None: raise ArgumentError('--jobs is for this machine: leave it away where --scheduler or --cluster is given; there the workers decide')
     if not cluster: return scheduler or None
     from medxfer_nb.repro.cluster import ClusterError, cluster_from_yaml
     try: return cluster_from_yaml(cluster)

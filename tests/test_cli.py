@@ -157,6 +157,18 @@ def test_runs_are_trained_where_a_scheduler_says(quick, monkeypatch):
     assert lost.exit_code == 1 and lost.output.rstrip().endswith('and workers with `dask worker ADDRESS --nthreads 1`') and f'no scheduler answers at {address}' in lost.output
 
 
+def test_what_is_typed_counts_more_than_an_exported_scheduler(home, monkeypatch):
+    "An exported address is for commands that say nothing else"
+    monkeypatch.setenv('MEDXFER_SCHEDULER', 'tcp://head:8786')
+    (home / 'local.yaml').write_text('kind: local\nworkers: 1')
+    dry = ['reproduce', '--scale', 'smoke', '--notebooks', 'papers', '--dry-run']
+    for typed in (['--jobs', '2'], ['--cluster', 'local.yaml']):
+        result = run(*dry, *typed)
+        assert result.exit_code == 0 and f'MEDXFER_SCHEDULER=tcp://head:8786 is left aside: {typed[0]} was given' in result.output
+    assert run(*dry).exit_code == 0 and 'left aside' not in run(*dry).output
+    assert run(*dry, '--scheduler', 'tcp://head:8786', '--jobs', '2').exit_code == 2  # Typed, too
+
+
 def test_the_log_of_dask_stays_off_the_screen():
     "In a process of its own: importing it sets the level anew"
     code = "from medxfer_nb.cli import _hush; _hush(); import distributed, logging; print(logging.getLogger('distributed').level)"

@@ -2,6 +2,7 @@
 finished is done twice, and the numbers are those of one run after the other."""
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from medxfer_nb.repro import cluster as module
-from medxfer_nb.repro.cluster import ClusterError, Dask, cluster_from_yaml
+from medxfer_nb.repro.cluster import ClusterError, ClusterSpec, Dask, Errand, cluster_from_yaml, pack_record, receive_record
 from medxfer_nb.repro.jobs import Experiment, Processes, Ticket, load_or_run, plan, register
-from medxfer_nb.repro.store import Result, RunConfig, Store, load_tensors, save_tensors
+from medxfer_nb.repro.store import Result, RunConfig, Store, digest, load_tensors, save_tensors
 
 HERE, PATIENCE = Path(__file__).parent, 240  # Seconds, on a machine with other things to do
 
@@ -39,6 +40,7 @@ class ToyRun(RunConfig):
 def train(config, context):
     import torch  # Whoever only plans need not wait for it
     note(config, 'begin')
+    note(config, f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}")
     if config.fault == 'error': raise FloatingPointError('loss is NaN at step 3')
     x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
     x, y = x[y < 5 if config.stage == 'source' else y >= 5].float()[:200] / 16, y[y < 5 if config.stage == 'source' else y >= 5][:200] % 5
@@ -242,6 +244,41 @@ def test_a_worker_with_other_code_is_refused(cluster, case, reference, tmp_path)
     finally: cluster.stop('other').wait()
 
 
+def test_a_worker_of_another_python_is_sent_nothing(cluster, case, reference, monkeypatch):
+    "It could not even read that"
+    asked, here, other = Dask._pythons, '%d.%d' % sys.version_info[:2], cluster.there()['w0']
+    with Dask(case.store, address=case.address) as d: assert d.slots() == 4 and d._pythons(set(d.workers)) == dict.fromkeys(d.workers, here)
+    monkeypatch.setattr(Dask, '_pythons', lambda self, new: asked(self, new) | {a: '3.2' for a in new if a == other})
+    assert same(Sweep(wanted(case.name), case).result(), reference) and once(case) and all(n.worker != 'w0' for n in notes(case.name, 'begin'))
+    assert case.lines == [f'worker w0 at {other} is refused: it has python 3.2, this client has {here}: install the same version on both']
+
+
+def test_a_run_on_a_gpu_has_the_one_of_its_worker(cluster, case):
+    "A worker that sees two is refused. Here is none: what counts is what the run is told to use"
+    for name, seen in (('one', '5'), ('two', '0,1')): cluster.worker(name, '--resources', 'CORES=1 GPU=1', CUDA_VISIBLE_DEVICES=seen)
+    wait_for(lambda: {'one', 'two'} <= set(cluster.there()))
+    try:
+        runs = Sweep([ToyRun(case=case.name, seed=s, transfer=False) for s in range(3)], case).result()
+        assert len(runs) == 3 and {n.worker for n in notes(case.name, 'begin')} == {'one'} and len(notes(case.name, 'gpu-5')) == 3
+        assert len(case.lines) == 1 and case.lines[0].startswith('worker two at tcp://') and 'it sees 2 GPUs, and a run needs one for itself' in case.lines[0]
+    finally:
+        for name in ('one', 'two'): cluster.stop(name).wait()
+
+
+def test_what_could_not_be_sent_is_sent_again(case, tmp_path, monkeypatch):
+    "No fault of the run"
+    (tmp_path / 'cases.json').write_text('[1, 2]')
+    send, tries = Dask._send_data, []
+    def flaky(self, *args):
+        tries.append(args)
+        if len(tries) == 1: raise OSError('the network is down')
+        return send(self, *args)
+    monkeypatch.setattr(Dask, '_send_data', flaky)
+    runs = Sweep([ToyRun(case=case.name, transfer=False)], case, shared=False, data_root=tmp_path).result()
+    assert len(runs) == 1 and len(tries) == 2 and len(notes(case.name, 'begin')) == 1
+    assert len(case.lines) == 1 and 'the network is down; it is tried again' in case.lines[0]
+
+
 def test_another_library_everywhere_is_an_error_before_training(case, monkeypatch):
     monkeypatch.setattr(module, 'library', lambda: dict(medxfer_nb='99.0'))
     with pytest.raises(ClusterError, match=r'no worker may train.*tcp://.*this client has 99\.0'): Sweep(wanted(case.name), case).result()
@@ -390,6 +427,21 @@ def test_without_jobqueue_a_local_cluster_still_works(tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match=r'pip install "medxfer_nb\[cluster\]"'): cluster_from_yaml(tmp_path / 'b.yaml')
 
 
+def test_local_workers_take_the_gpus_that_this_process_was_given(monkeypatch):
+    from distributed import Client
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,GPU-5')
+    with ClusterSpec('local', workers=2, gpus=1).open() as cluster, Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=PATIENCE)
+        assert sorted(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == ['4', 'GPU-5']
+    with pytest.raises(ClusterError, match=r'workers: 3 with a GPU each, but 2 GPUs are here \(CUDA_VISIBLE_DEVICES=4,GPU-5\)'): ClusterSpec('local', workers=3, gpus=1).open()
+
+
+@pytest.mark.parametrize('name', 'medxfer_nb python torch torchvision fastai timm monai numpy'.split())
+def test_another_version_is_told_with_both_numbers(name):
+    needed = dict(library=module.library() | {name: '0.1'}, module=__name__, hash='')
+    assert module.objection(needed) == f'it has {name} {module.library()[name]}, this client has 0.1: install the same version on both'
+
+
 def test_nothing_that_travels_leaves_its_folder(tmp_path):
     for name in ('/etc/passwd.json', '../up.json', 'a/../../up.json', r'a\b.json', 'C:/x.json', 'net.pkl', 'net.pth', '.bashrc', 'x.npy/..'):
         with pytest.raises(ClusterError): module.receive_piece(tmp_path / 'in', name, 0, b'x')
@@ -444,3 +496,69 @@ def test_a_run_that_is_handed_back_for_ever(unconnected, shared):
     assert all('handed back by tcp://a:1 (its worker is leaving)' in line for line in d.said) and ('from its beginning' in d.said[0]) != shared
     if shared: assert outcomes[2] is None
     else: assert outcomes[2].status == 'failed' and 'handed back 3 times' in outcomes[2].message and 'longer walltime' in outcomes[2].message
+
+
+@pytest.mark.parametrize('retries', [0, 2])
+def test_what_can_never_be_sent_is_given_up(unconnected, retries):
+    d, t, told = unconnected, Ticket(SimpleNamespace(key='k', config=SimpleNamespace(label='a run')), ()), dict(status='undelivered', message='no way', worker='tcp://a:1')
+    d.retries = retries
+    for i in range(retries):
+        assert d._lost(t, 'tcp://a:1') is None and d._replied(t, told) is None and len(d.again) == i + 1
+    assert d._lost(t, 'tcp://a:1') is None
+    outcome = d._replied(t, told)
+    assert outcome.status == 'failed' and outcome.message == f'on worker tcp://a:1: no way (given up after {retries + 1} tries)'
+    assert d.said == ['a run: worker tcp://a:1: no way; it is tried again']*retries  # And not that a worker is lost
+
+
+def test_a_task_that_was_cancelled_with_its_parent_is_no_loss(unconnected):
+    from distributed.client import FutureCancelledError
+    d, t = unconnected, Ticket(SimpleNamespace(key='k', config=SimpleNamespace(label='a run')), ())
+    d.client.status, d.retries = 'running', 0
+    for i in range(3): assert d._replied(t, FutureCancelledError('k', 'its parent')) is None and len(d.again) == i + 1
+    assert d._lost(t, 'tcp://a:1') is None and d.said == []
+    assert d._replied(t, OSError('worker died')).status == 'failed'  # Other errors count
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    "A source, trained in another store, and the job of a target that starts from it"
+    monkeypatch.setenv('TOYS', str(tmp_path))
+    record, = load_or_run([ToyRun(case='stored', stage='source')], tmp_path / 'there', progress=None, strict=True)
+    job, = plan([ToyRun(case='stored')], Store(tmp_path / 'here')).wanted
+    return SimpleNamespace(record=record, job=job, source=job.parents[0], store=Store(tmp_path / 'here'))
+
+
+def test_the_others_go_on_while_a_record_is_not_visible_yet(unconnected, stored):
+    "A network file system may show for a minute that something is not there"
+    d, t, reply = unconnected, Ticket(stored.source, ()), dict(status='done', seconds=1., key=stored.source.key, record=None, worker='tcp://a:1')
+    d.store, d.arrivals, d.asked, d.unseen, running = stored.store, queue.SimpleQueue(), [], [], {t: module._Flight('task', None, frozenset())}
+    d.arrivals.put(('task', reply))
+    start = time.monotonic()
+    for _ in range(2): assert d._collect(running) == [] and t in running
+    assert time.monotonic() - start < 5
+    receive_record(d.store, module._to_spec(stored.source), pack_record(stored.record))
+    assert [o.status for o in d._collect(running)] == ['done'] and running == {}
+    late = d._stored(stored.job, dict(reply, came=time.monotonic() - module.LATENCY))
+    assert late.status == 'failed' and 'mount this folder on all machines under the same path' in late.message and '--store' in late.message
+
+
+def test_what_a_run_starts_from_comes_with_the_reply(stored):
+    "And is not sent a second time"
+    errand, asked = Errand.__new__(Errand), []
+    def tell(kind, keys, **more):
+        asked.extend(keys)
+        module.answer('task')
+    errand.spec, errand.store, errand.order, errand.task, errand.shared, errand.data_root, errand.tell = module._to_spec(stored.job), stored.store, dict(data_root=None), 'task', False, None, tell
+    errand.supply([dict(status='done', key=stored.source.key, record=pack_record(stored.record))])
+    assert asked == [stored.job.key] and stored.store.get(stored.source.key).metrics == stored.record.metrics
+
+
+@pytest.mark.parametrize('change', [dict(config=dict(case='stored', stage='source', seed=1)), dict(parents=['x']), dict(paper='other'), dict(data_hash='x')], ids=str)
+def test_a_record_of_something_else_under_the_right_key_is_refused(stored, change):
+    files = pack_record(stored.record)
+    manifest = json.loads(files['manifest.json']) | change
+    manifest.pop('sha256')
+    files['manifest.json'] = json.dumps(manifest | dict(sha256=digest(manifest, 64))).encode()
+    with pytest.raises(ClusterError, match='did not arrive as it was sent: it (has another configuration, or other parents|was trained on other data)'):
+        receive_record(stored.store, module._to_spec(stored.source), files)
+    assert stored.store.keys() == []

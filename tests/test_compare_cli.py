@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_compare_handover import NET, squares
@@ -12,8 +13,11 @@ from typer.testing import CliRunner
 from medxfer_nb.cli import app
 from medxfer_nb.compare import handover, study
 from medxfer_nb.compare.design import DesignError
+from medxfer_nb.compare.runs import CompareRun
 from medxfer_nb.compare.sources import save_source
 from medxfer_nb.models.colorize import load_backbone
+from medxfer_nb.repro.jobs import Job, Ticket
+from medxfer_nb.repro.store import Store
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -22,6 +26,10 @@ def run(*args):
     result = CliRunner().invoke(app, list(map(str, args)))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch): monkeypatch.delenv('MEDXFER_SCHEDULER', raising=False)
+
 
 @pytest.fixture
 def asked(monkeypatch):
@@ -51,6 +59,12 @@ def test_nothing_given_means_virtual_patients(asked):
     assert run('compare').exit_code == 0
     given = asked['compare']
     assert (given['cases'], given['task'], given['sources'], given['strategies'], given['labels'], given['budget']) == (None, None, (), None, None, '20min')
+
+
+@pytest.mark.parametrize('typed, where', [([], 'tcp://head:8786'), (['--jobs', '3'], None)])
+def test_an_exported_scheduler_is_for_commands_that_say_nothing_else(asked, monkeypatch, typed, where):
+    monkeypatch.setenv('MEDXFER_SCHEDULER', 'tcp://head:8786')
+    assert run('compare', *typed).exit_code == 0 and asked['compare']['cluster'] == where
 
 
 @pytest.mark.parametrize('option', ['--dry-run', '--no-model'])
@@ -92,10 +106,59 @@ def test_every_help_has_an_example(command):
     assert f'Example: medxfer {command}' in ' '.join(run(command, '--help').output.split())
 
 
+def cases_in(folder):
+    "24 images of 12 patients, as a table"
+    squares(folder)
+    return pd.DataFrame(dict(path=[f'{i}.png' for i in range(24)], patient=[f'p{i//2}' for i in range(24)], bright=[i//2 % 2 for i in range(24)]))
+
+
+@pytest.fixture
+def scheduler():
+    "A Dask scheduler with two workers, threads of this process; runs have processes of their own"
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=False, protocol='tcp://', dashboard_address=None) as cluster: yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize('shared', [None, False], ids=['shared store', 'records travel'])
+def test_a_comparison_on_a_cluster_is_that_of_one_machine(monkeypatch, tmp_path, scheduler, shared):
+    "The study and the source travel where no folder is shared; the same runs, the same numbers"
+    cases_in(tmp_path).to_csv(tmp_path/'cases.csv', index=False)
+    weights = save_source(load_backbone(NET).state_dict(), tmp_path/'tiny.safetensors', NET)
+    monkeypatch.setattr(study, 'compare_strategies', partial(study.compare_strategies, plan=dict(folds=2, repeats=1, trials=1, steps=5, bs=8), notebook=False))
+    made, on_cluster = [], study.OnCluster
+    monkeypatch.setattr(study, 'OnCluster', lambda *args, **kwargs: made.append(on_cluster(*args, shared=shared, **kwargs)) or made[-1])
+    common = ['--data', tmp_path/'cases.csv', '--source', weights, '--strategy', 'scratch', '--strategy', 'full', '--size', 32, '--no-model']
+    there, here = run('compare', *common, '--out', tmp_path/'there', '--scheduler', scheduler), run('compare', *common, '--out', tmp_path/'here', '--jobs', 1)
+    assert there.exit_code == here.exit_code == 0, there.output + here.output
+    assert 'the budget runs on while trainings wait for workers' in there.output and (tmp_path/'there/report.html').is_file()
+    found, expected = ({r.key: r for r in Store(tmp_path/out/'store').records()} for out in ('there', 'here'))
+    assert len(found) == 4 and found.keys() == expected.keys() and [e.count for e in made] == [4]  # Jobs sent
+    for key in found:
+        a, b = found[key].predictions(), expected[key].predictions()
+        assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], rtol=1e-4, atol=1e-5) for k in a)
+
+
+def test_a_budget_ends_also_where_no_worker_comes(tmp_path):
+    "What Dask has but no worker has begun is taken back when its time is over; the first repeat is waited for"
+    from distributed import LocalCluster
+    def ticket(seed):
+        config = CompareRun(arm='scratch', kind='films', architecture=NET, size=32, bs=2, steps=2, validate_every=1, folds=2, fold=0, seed=seed)
+        return Ticket(Job(config, f'key{seed}', (), '', dict(module='medxfer_nb.compare.runs', hash=''), 1.), ())
+    left, tickets = [100.], [ticket(0), ticket(1), ticket(2)]
+    def watch(running):
+        left.append(left.pop() - 200)
+        assert left[0] > -10_000, 'it waits for ever'
+    with LocalCluster(n_workers=0, processes=False, protocol='tcp://', dashboard_address=None) as cluster, \
+         study.OnCluster(tmp_path/'store', None, cluster, left=lambda: left[0], first=0, say=lambda line: None) as executor:
+        ends = executor.gather(tickets, watch)
+        assert [(o.job.config.seed, o.status, o.message) for o in (next(ends), next(ends))] == [(s, 'skipped', study.NO_TIME) for s in (2, 1)]
+        assert tickets[0].outcome is None
+        ends.close()
+
+
 def test_from_a_table_to_answers(monkeypatch, tmp_path):
     "A bad row is named before anything is trained; then compare, and predict with one file that is damaged"
-    squares(tmp_path)
-    rows = pd.DataFrame(dict(path=[f'{i}.png' for i in range(24)], patient=[f'p{i//2}' for i in range(24)], bright=[i//2 % 2 for i in range(24)]))
+    rows = cases_in(tmp_path)
     rows.assign(path=rows.path.replace('3.png', '33.png')).to_csv(tmp_path/'wrong.csv', index=False)
     rows.to_csv(tmp_path/'cases.csv', index=False)
     weights = save_source(load_backbone(NET).state_dict(), tmp_path/'tiny.safetensors', NET)

@@ -11,7 +11,7 @@ import medxfer_nb
 PACKAGE = Path(medxfer_nb.__file__).parent
 MODULES = sorted('.'.join(('medxfer_nb', *p.relative_to(PACKAGE).with_suffix('').parts)).removesuffix('.__init__') for p in PACKAGE.rglob('*.py') if p.name != '_modidx.py')
 # Each takes a large part of a second or more: imported inside the functions that use it
-HEAVY = ['monai', 'statsmodels.api', 'papermill', 'nbclient', 'dask', 'distributed', 'dask_jobqueue', 'accelerate', 'pip']
+HEAVY = ['monai', 'statsmodels.api', 'papermill', 'nbclient', 'dask', 'distributed', 'dask_jobqueue', 'accelerate', 'pip', 'ipywidgets', 'ipyniivue']
 ABSENT = ['nbdev', 'execnb', 'IPython', 'ipykernel']  # They are for writing and running notebooks
 
 CHILD = '''

@@ -205,7 +205,10 @@ def fit_merged(trial: Trial, k: Kin, merged: dict[str, Tensor], fisher: bool) ->
     trial.fit(k.net, lr=trial.hyper['lr'])
     return trial.result(k.net, fisher=float(fisher))
 
-def no_fisher(sources: Sequence) -> str: # 'imm': without Fisher information it is the mean
+def no_fisher(
+    sources: Sequence, # Each with `fisher`, perhaps None
+) -> str: # 'imm', or '' if every source has its Fisher information
+    "Which recipe a plain mean of the weights equals: IMM, where there is no Fisher information to weigh with."
     return 'imm' if any(s.fisher is None for s in sources) else ''
 
 _LEE = 'Lee, Kim, Jun, Ha, Zhang: Overcoming Catastrophic Forgetting by Incremental Moment Matching. NeurIPS 2017'

@@ -158,7 +158,10 @@ def save_source(
 
 def _beside(path: Path) -> Path: return path.with_name(f'{path.stem}.fisher.safetensors')
 
-def is_architecture(name: str) -> bool: # Does timm know it, or is it a 3-D U-Net?
+def is_architecture(
+    name: str, # Such as 'densenet121' or 'unet3d'
+) -> bool:
+    "Does timm know it, or is it a 3-D U-Net?"
     return bool(unet3d_options(name)) or timm.is_model(name)
 
 def _unknown(name): return f"no architecture {name!r}: give a timm name such as densenet121 ({', '.join(timm.list_models(f'*{name[:6]}*')[:4]) or 'none is similar'}), or unet3d"

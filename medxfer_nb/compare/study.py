@@ -216,7 +216,7 @@ class threads:
         import torch
         torch.set_num_threads(self.before)
 
-# %% ../../nbs/api/compare/07_study.ipynb #0c3784e6
+# %% ../../nbs/api/compare/07_study.ipynb #a66348b2
 NO_TIME = 'no time was left'
 
 class Punctual:
@@ -258,7 +258,12 @@ class SideBySide(Several, Processes):
     "Several processes, as long as there is time"
 
 class OnCluster(Several, Dask):
-    "The workers of a cluster, as long as there is time"
+    "The workers of a cluster, as long as there is time; what is there but waits for a worker is not begun either"
+    def _start(self, waiting, running):
+        for t in [t for t, flight in running.items() if flight.fraction is None and self.late(t.job)]:
+            self._recall(t, running)
+            waiting.append(t)
+        return super()._start(waiting, running)
 
 # %% ../../nbs/api/compare/07_study.ipynb #572fde73
 def run_in_time(
@@ -346,14 +351,14 @@ class Comparison:
         link = f'<p><a href="{escape(self.report.as_posix())}">report</a></p>' if self.report else ''
         return f'{self.recommendation._repr_html_()}{self.judgement._repr_html_()}{link}'
 
-# %% ../../nbs/api/compare/07_study.ipynb #78ba9aeb
+# %% ../../nbs/api/compare/07_study.ipynb #5abed617
 def _silent(line:str) -> None: pass
 
 def compare_strategies(
     cases=None, # CSV file, data frame or `CaseTable`; None: virtual patients
     sources:Sequence=(), # 'imagenet:NAME', files of weights, or 'ARCHITECTURE:FILE'; one or several
     strategies:Sequence=None, # Names or recipes; None: all that can apply, the most important first
-    budget:str|float='20min', # Time from the call to the report
+    budget:str|float='20min', # Time from the call to the report; on a cluster, waiting for workers counts
     task:str=None, # 'classification' or 'segmentation'; None: as the columns say
     labels=None, # Names of the label columns, or of the structures in the masks
     out:str|Path='results/compare', # Folder for everything
@@ -383,6 +388,7 @@ def compare_strategies(
     write_patients(table, inspection.groups, out)
     design = _planned(out, pool, arms, given, left_out, clock, jobs or _at_once(cluster, out), seed, len(arms) if strategies else CORE, say, plan)
     say(design.describe())
+    if cluster is not None: say('on a cluster: the budget runs on while trainings wait for workers, and how long a training takes is estimated by this machine')
     made = Comparison(out, inspection, pool, given, tuple(arms), design, seconds=clock.spent)
     return made if dry_run else _finished(made, clock, (Path(table.root)/'virtual.json').is_file(), say, notebook, cluster)
 

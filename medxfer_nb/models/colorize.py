@@ -35,7 +35,12 @@ def check_planes(
     return x
 
 # %% ../../nbs/api/models/00_colorize.ipynb #e151c833
-def conv_bn(n_in: int, n_out: int, **conv) -> list[nn.Module]: # Convolution, BatchNorm, LeakyReLU
+def conv_bn(
+    n_in: int, # Channels
+    n_out: int,
+    **conv, # Of `nn.Conv2d`
+) -> list[nn.Module]: # (B, n_in, H, W) -> (B, n_out, H', W')
+    "Convolution, BatchNorm, LeakyReLU."
     return [nn.Conv2d(n_in, n_out, **conv), nn.BatchNorm2d(n_out), nn.LeakyReLU(inplace=True)]
 
 class ResBlock(Module):
@@ -100,15 +105,18 @@ class PixelShuffle(Module):
 def _lrelu(layer: nn.Module) -> list[nn.Module]: return [layer, nn.LeakyReLU(inplace=True)]
 
 def color_down(n_in: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, H/2, W/2)
+    "A step down of ColorU: two convolutions, the second with stride 2."
     return nn.Sequential(*_lrelu(nn.Conv2d(n_in, n_out, 3, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 4, stride=2, padding=1)), nn.BatchNorm2d(n_out))
 
 def color_up(n_in: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, 2H, 2W)
+    "A step up of ColorU: a transposed convolution with stride 2, then two convolutions."
     return nn.Sequential(*_lrelu(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 3, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 3, padding=1)), nn.BatchNorm2d(n_out))
 
 def color_out(n_in: int, n_mid: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, 2H, 2W)
+    "The last step up of ColorU, which ends in a 1x1 convolution to the colours."
     return nn.Sequential(*_lrelu(nn.ConvTranspose2d(n_in, n_mid, 4, stride=2, padding=1)),
                          *_lrelu(nn.Conv2d(n_mid, n_mid, 3, padding=1)), nn.Conv2d(n_mid, n_out, 1))
 

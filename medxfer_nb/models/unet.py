@@ -55,6 +55,7 @@ def feature_levels(
 
 # %% ../../nbs/api/models/02_unet.ipynb #a5ed2eea
 def conv_relu(n_in: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, H, W)
+    "3x3 convolution, BatchNorm, ReLU."
     return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
 
 def resize_to(

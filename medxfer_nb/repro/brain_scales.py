@@ -61,7 +61,7 @@ SCALES = {s.name: s for s in (
     TimmScale('smoke', **_VIRTUAL, base=2, size=20, batch=2, steps=_same(4), every=_same(2), adapt_steps=_same(2), total=26, n_online=2, hcp=10, seeds=(0,), protocols=('paper',),
               patience=2, halve_after=1, lr=2e-3, precision='fp32', needs='a minute'),
     TimmScale('demo', **_VIRTUAL, base=8, size=32, batch=2, steps=_same(200) | dict(source=400), every=_same(20), adapt_steps=_same(60), total=100, n_online=26, hcp=58, seeds=(0, 1),
-              portions=('4%', '8%'), all_hcp=False, protocols=('matched',), lr=2e-3, needs='about 12 minutes on 2 cores (estimated from its runs), 3 GB of memory, 1 GB of disk'),
+              portions=('4%', '8%'), all_hcp=False, protocols=('matched',), lr=2e-3, needs='7 to 8 minutes on 2 cores, 3 GB of memory, 1 GB of disk'),
     TimmScale('study', **_VIRTUAL, base=8, size=32, batch=2, steps=_same(500) | dict(source=800, all=800), every=_same(25), adapt_steps=_same(100), total=255, n_online=66, hcp=58,
               seeds=(0, 1, 2), patience=10, halve_after=4, lr=2e-3, needs='about 1 h 30 min on 2 cores, one run on each (estimated from its runs)'),
     TimmScale('paper', 'brats', base=16, size=0, batch=1, steps=_passes(500), every=_passes(), adapt_steps=_passes(50), total=255, n_online=66, hcp=58, seeds=(0, 1, 2),

@@ -195,7 +195,8 @@ def logits_of(
         raise FisherError(f'for {len(inputs[0])} cases the network gives {what}: wrap it so that it gives one tensor of logits (cases, ...)')
     return out.as_subclass(Tensor) if out.dtype == torch.float64 else out.as_subclass(Tensor).float()
 
-def wide_zeros(p: Tensor) -> Tensor: # In float32 or better: squares of half-precision gradients leave their range
+def wide_zeros(p: Tensor) -> Tensor: # Shape and device of p
+    "Zeros in float32 or better: squares of half-precision gradients leave their range."
     return torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
 
 def loop_squares(
@@ -217,7 +218,9 @@ def loop_squares(
 
 HELD = 2**24 # Numbers held at once in per-case gradients
 
-def out_of_memory(e: Exception) -> bool: return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e) # of a GPU, or of the CPU
+def out_of_memory(e: Exception) -> bool:
+    "Was there too little memory, of a GPU or of the CPU?"
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e)
 
 def vmap_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
     "All cases of a chunk in one pass, by `torch.func`."
@@ -258,10 +261,12 @@ def linear_squares(
 # %% ../../nbs/api/transfer/04_fisher.ipynb #d2238a5f
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-def few_positions(layer: nn.Module, g: Tensor) -> bool: # Is a matrix product the faster way?
+def few_positions(layer: nn.Module, g: Tensor) -> bool: # g: (B, C, *spatial), gradient of the layer's output
+    "Is a matrix product the faster way?"
     return not layer.transposed and (math.prod(layer.kernel_size) == 1 or math.prod(g.shape[2:]) <= 27)
 
-def bf16_kernels(layer: nn.Module, g: Tensor) -> bool: # Is a convolution faster in bf16, case by case?
+def bf16_kernels(layer: nn.Module, g: Tensor) -> bool: # g: (B, C, *spatial), gradient of the layer's output
+    "Is a convolution faster in bf16, case by case?"
     return isinstance(layer, CONVS) and g.dtype == torch.bfloat16 and g.device.type == 'cpu' and not few_positions(layer, g)
 
 def by_product(layer: nn.Module, a: Tensor, g: Tensor, padding: Sequence[int]) -> Tensor: # (B, *weight.shape)
@@ -424,7 +429,8 @@ def disagreements(
     noise = 1e-8 * max(size for _, size in errors.values()) # such as the gradient of a bias in front of a normalisation
     return [layer for layer, (error, size) in errors.items() if not error <= tolerance * size + noise]
 
-def agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.05) -> bool: # See `disagreements`
+def agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 0.05) -> bool: # Arguments as of `disagreements`
+    "Do two backends agree on every parameter?"
     return not disagreements(found, expected, tolerance)
 
 def probe_backends(

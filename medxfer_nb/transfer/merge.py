@@ -23,11 +23,17 @@ from .l2sp import NORMS
 # %% ../../nbs/api/transfer/05_merge.ipynb #8ee83dd8
 Predicate = Callable[[str, nn.Module], bool] # (path of a module, the module) -> do its own parameters belong to P?
 
-def all_layers(name: str, module: nn.Module) -> bool: return True
+def all_layers(name: str, module: nn.Module) -> bool:
+    "Every layer is shared."
+    return True
 
-def conv_layers(name: str, module: nn.Module) -> bool: return isinstance(module, nn.modules.conv._ConvNd)
+def conv_layers(name: str, module: nn.Module) -> bool:
+    "Convolutions are shared, transposed ones too: P of T-IMM (Section 4.1)."
+    return isinstance(module, nn.modules.conv._ConvNd)
 
-def layers_but_norms(name: str, module: nn.Module) -> bool: return not isinstance(module, NORMS)
+def layers_but_norms(name: str, module: nn.Module) -> bool:
+    "All but norm layers are shared."
+    return not isinstance(module, NORMS)
 
 def layers_of(
     net: nn.Module,
@@ -140,7 +146,8 @@ GRANULARITIES = ('global', 'layer', 'tensor', 'channel')
 
 def layer_path(
     name: str, # Of a parameter
-) -> str: # Path of the layer that it belongs to
+) -> str: # e.g. 'encoder.0.conv'
+    "Path of the layer that a parameter belongs to, parametrised or not."
     return f'.{name}'.partition('.parametrizations.')[0].lstrip('.') if '.parametrizations.' in f'.{name}' else name.rpartition('.')[0]
 
 def units(

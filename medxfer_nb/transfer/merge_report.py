@@ -23,7 +23,9 @@ from ..models.colorize import evaluating
 from .merge import Ratios, Weights, check_fit, check_ratios, layers_of, load_merged, units
 
 # %% ../../nbs/api/transfer/05b_merge_report.ipynb #c03517c1
-def source_names(n: int) -> list[str]: return [f'source {t}' for t in range(n)]
+def source_names(n: int) -> list[str]:
+    "What n sources are called where nobody has named them."
+    return [f'source {t}' for t in range(n)]
 
 def _layers(net: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     "Layers that hold merged parameters, in the order of the network."

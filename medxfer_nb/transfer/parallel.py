@@ -36,9 +36,13 @@ from .timm import MergedTensor
 class RankError(RuntimeError):
     "The ranks do not go together; the message says in what."
 
-def rank() -> int: return dist.get_rank() if dist.is_initialized() else 0 # Number of this process, 0 alone
+def rank() -> int:
+    "Number of this process; 0 if it is alone."
+    return dist.get_rank() if dist.is_initialized() else 0
 
-def world_size() -> int: return dist.get_world_size() if dist.is_initialized() else 1 # How many ranks there are
+def world_size() -> int:
+    "How many ranks there are."
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 def join_ranks(
     backend: str | None = None, # 'nccl', 'gloo'; None: nccl where there are GPUs
