@@ -21,7 +21,7 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=find_packages(include=['medxfer_nb', 'medxfer_nb.*']),
-    package_data={'medxfer_nb': ['study/*.json']},
+    package_data={'medxfer_nb': ['study/*.json', 'page/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'cluster', 'parallel', 'interactive')},

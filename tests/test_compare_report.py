@@ -92,6 +92,14 @@ def test_one_offline_page_that_answers_first(dice):
     assert plt.get_fignums() == before, 'every figure is closed'
 
 
+@pytest.mark.parametrize('provenance, said', [(dict(date='2026-01-02', commit='0123456789abcdef', dirty=True), 'Last training on 2026-01-02, commit 0123456789, with uncommitted changes'),
+                                              (dict(date='2026-01-02', commit=None, dirty=False), 'Last training on 2026-01-02'), ({}, None)])
+def test_the_page_says_when_and_from_which_commit(dice, provenance, said):
+    made = Contents(replace(dice.results, provenance=provenance), dice.judgement, dice.recommendation)
+    found = re.findall('<p class="scale">([^<]*)</p></header>', render_comparison(made, parts=[]))
+    assert found == [said]*bool(said)
+
+
 def test_negative_transfer_is_red_and_only_where_it_is(dice):
     box = re.search(r'<div class="fault" id="negative">(.*?)</div>', render_comparison(dice), re.S)[1]
     assert 'Linear probe is worse than training from scratch by −0.0' in box and box.count('<li>') == 1

@@ -8,11 +8,10 @@ __all__ = ['Cell', 'Table', 'Picture', 'Folded', 'Part', 'number', 'as_cell', 'p
            'done_part', 'inspection_part', 'limits_part', 'provenance_part', 'page_parts', 'render_comparison',
            'score_rows', 'write_tables', 'comparison_notebook', 'write_notebook', 'write_comparison']
 
-# %% ../../nbs/api/compare/10b_report.ipynb #28642df0
+# %% ../../nbs/api/compare/10b_report.ipynb #f6bba295
 import base64, re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +20,6 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
-from jinja2 import Environment
-from markupsafe import Markup
 
 from .figures import (MEASURES, alt_text, crossing_texts, plot_bland_altman, plot_choices, plot_cost, plot_failures, plot_folds, plot_forest,
                                         plot_learning, plot_mixing, plot_reliability, plot_waterfall, table_row, worst_cases)
@@ -32,7 +29,8 @@ from .recommend import Recommendation, _noun, _sentence, recommend
 from .results import Results
 from ..evaluate.plots import paper_style
 from ..repro.notebooks import run_notebooks
-from ..repro.report import _STYLE, data_uri
+from ..repro.page import page_template
+from ..repro.report import data_uri
 
 # %% ../../nbs/api/compare/10b_report.ipynb #cc4c1f55
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def picture(
     plt.close(fig)
     return Picture(data_uri(out.getvalue(), 'image/svg+xml' if form == 'svg' else 'image/png'), alt_text(fig) or caption, caption, int(_SCALE*fig.get_figwidth()))
 
-# %% ../../nbs/api/compare/10b_report.ipynb #8405d55b
+# %% ../../nbs/api/compare/10b_report.ipynb #e2177b8c
 @dataclass(frozen=True, eq=False)
 class Contents:
     "All that a page is made of."
@@ -168,7 +166,7 @@ def score_table(contents: Contents) -> Table:
     rows = [[contents.title(a), _score(r), *(_against(r, b) for b in bases), *(_secondary(r, c) for c in second), float(costs.seconds[a])]
             for a, r in table.loc[contents.ranked].iterrows()]
     columns = ['Strategy', contents.measure, *(f'against {contents.reference(b)}' for b in bases), *(_SECONDARY[c][0].format(contents.unit) for c in second), 'seconds per training']
-    return Table(columns, rows, '● better, ▲ worse, ○ not told apart: claims hold after correction for all comparisons. Press a heading to sort.')
+    return Table(columns, rows, '● better, ▲ worse, ○ not told apart: claims hold after correction for all comparisons.')
 
 # %% ../../nbs/api/compare/10b_report.ipynb #ff15a113
 def compared_part(contents: Contents) -> Part:
@@ -372,54 +370,7 @@ def provenance_part(contents: Contents) -> Part:
     rows = [[k, _said(v)] for k, v in contents.results.provenance.items() if k != 'design' and v not in (None, '')]
     return Part('provenance', 'Provenance', 'Enough to do it again.', [Table(['What', 'Value'], rows)])
 
-# %% ../../nbs/api/compare/10b_report.ipynb #5e1a7a33
-_MORE_STYLE = '''
-.answer { margin: 1.2rem 0; padding: 1rem 1.2rem; background: var(--panel); border: 1px solid var(--line); border-left: 5px solid var(--accent); border-radius: .4rem } .answer p { margin: .5rem 0 0 } .answer .headline { margin: 0; font-size: 1.25rem; line-height: 1.4; font-weight: 600 } .answer ul { margin: .7rem 0 0; padding-left: 1.2rem }
-.caution { margin: 1rem 0; padding: .8rem 1.2rem; border: 1px solid var(--even); border-left-width: 5px; border-radius: .4rem } .caution h2 { margin: 0 0 .3rem; font-size: 1.05rem; color: var(--even) } .caution ul { margin: 0; padding-left: 1.1rem }
-.facts small { display: block; font-size: .8rem } section > h2 { margin: 0 } p, li { max-width: 52rem } section > ul { padding-left: 1.2rem } section li { margin-bottom: .35rem }
-figcaption { margin-top: .5rem; font-size: .85rem; color: #5b6675 } caption { caption-side: bottom; padding-top: .5rem; text-align: left; font-size: .85rem; color: var(--soft) }
-.sortable { width: 100% } .sortable td { white-space: nowrap } .sortable td.text { white-space: normal; min-width: 12rem } .sortable .verdict { font-weight: 500 } .sortable .even { color: inherit } tbody th { min-width: 9rem }
-th button { all: unset; cursor: pointer; font: inherit; color: inherit } th button:hover { color: var(--accent) } th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px } th[aria-sort] button::after { content: " ↓" } th[aria-sort=ascending] button::after { content: " ↑" }
-details { font-size: .95rem; color: inherit } summary { color: var(--accent); font-size: .95rem }
-@media (max-width: 40rem) { .answer .headline { font-size: 1.1rem } figure { padding: .4rem } figure img { max-width: none; width: 34rem } figure img.photo { max-width: 100% } tbody th { position: sticky; left: 0; background: var(--paper) } }
-@media print { details > *:not(summary) { display: block } th[aria-sort] button::after { content: "" } .sortable td { white-space: normal } .sortable { font-size: 8pt } }
-'''
-_SCRIPT = '''
-document.querySelectorAll('table.sortable').forEach(table => table.querySelectorAll('thead button').forEach((button, column) => button.addEventListener('click', () => {
-  const head = button.parentElement, rows = [...table.tBodies[0].rows], down = head.getAttribute('aria-sort') !== 'descending';
-  const key = row => { const k = row.cells[column].dataset.key; return k === '' ? null : isNaN(k) ? k : Number(k) };
-  const order = (a, b) => { const x = key(a), y = key(b); return x === null ? 1 : y === null ? -1 : (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1) };
-  table.querySelectorAll('th[aria-sort]').forEach(h => h.removeAttribute('aria-sort'));
-  head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-  table.tBodies[0].append(...rows.sort(order));
-})));
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => d.open = true));
-'''
-_PAGE = '''{% macro cell(c, tag) %}<{{ tag }}{% if c.shown|length > 40 %} class="text"{% endif %} data-key="{{ c.key }}">{% if c.tone %}<span class="verdict {{ c.tone }}">{{ c.shown }}</span>{% else %}{{ c.shown }}{% endif %}</{{ tag.split(' ')[0] }}>{% endmacro %}
-{% macro show(b) %}{% if b is string %}<p>{{ b }}</p>
-{% elif b.kind == 'table' %}<div class="wide"><table class="sortable">{% if b.caption %}<caption>{{ b.caption }}</caption>{% endif %}<thead><tr>{% for c in b.columns %}<th scope="col"><button type="button">{{ c }}</button></th>{% endfor %}</tr></thead><tbody>
-{% for row in b.rows %}<tr>{% for value in row %}{{ cell(as_cell(value), 'td' if loop.index0 else 'th scope="row"'|safe) }}{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% elif b.kind == 'picture' %}<figure><img src="{{ b.uri }}" alt="{{ b.alt }}" width="{{ b.width }}"{% if b.uri.startswith('data:image/png') %} class="photo"{% endif %}>{% if b.caption %}<figcaption>{{ b.caption }}</figcaption>{% endif %}</figure>
-{% elif b.kind == 'folded' %}<details><summary>{{ b.summary }}</summary>{% for inner in b.blocks %}{{ show(inner) }}{% endfor %}</details>
-{% else %}<ul>{% for item in b %}<li>{{ item }}</li>{% endfor %}</ul>
-{% endif %}{% endmacro %}
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
-<link rel="icon" href="data:,"><style>{{ style }}</style></head><body><main>
-<header><h1>{{ title }}</h1>
-<p class="scale">{{ subtitle }}{% if virtual %} · <b>virtual patients: mechanisms, not clinical numbers</b>{% endif %}</p>
-<div class="answer" id="answer"><p class="headline">{{ headline }}</p>{% if why %}<p>{{ why[0] }}</p>{% if why|length > 1 %}<details><summary>The reasons in full</summary><ul>{% for w in why[1:] %}<li>{{ w }}</li>{% endfor %}</ul></details>{% endif %}{% endif %}</div>
-{% if negative %}<div class="fault" id="negative"><h2>Negative transfer</h2><ul>{% for n in negative %}<li>{{ n }}</li>{% endfor %}</ul></div>{% endif %}
-{% if warnings %}<div class="caution"><h2>Before you rely on this</h2><ul>{% for w in warnings %}<li>{{ w }}</li>{% endfor %}</ul></div>{% endif %}
-<ul class="facts">{% for value, what in facts %}<li><b>{{ value }}</b> {{ what }}</li>{% endfor %}</ul></header>
-<nav aria-label="Sections">{% for p in parts %}<a href="#{{ p.anchor }}">{{ p.title }}</a>{% endfor %}</nav>
-{% for p in parts %}<section id="{{ p.anchor }}"><h2>{{ p.title }}</h2>{% if p.lead %}<p class="claim">{{ p.lead }}</p>{% endif %}
-{% for b in p.blocks %}{{ show(b) }}{% endfor %}</section>
-{% endfor %}</main><script>{{ script }}</script></body></html>
-'''
-
-# %% ../../nbs/api/compare/10b_report.ipynb #c033812f
+# %% ../../nbs/api/compare/10b_report.ipynb #176636c5
 def _facts(contents: Contents) -> list[tuple[str, str]]:
     "The numbers at the top."
     r, j, choice = contents.results, contents.judgement, contents.recommendation.choice
@@ -440,8 +391,12 @@ def _subtitle(contents: Contents) -> str:
     labels = ', '.join(contents.results.labels)
     return f'{"Classification" if contents.results.task == "classification" else "Segmentation"} of {labels} · judged by {contents.measure}'
 
-@lru_cache(maxsize=None)
-def _template(): return Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+def _made(contents: Contents) -> str: # empty if it is not known
+    "When the networks were trained, and from which commit."
+    p = contents.results.provenance
+    date, commit = (p.get(k) or '' for k in ('date', 'commit'))
+    told = [f'last training on {date}']*bool(date) + [f'commit {commit[:10]}' + ', with uncommitted changes'*bool(p.get('dirty'))]*bool(commit)
+    return _sentence(', '.join(told)) if told else ''
 
 def page_parts(
     contents: Contents,
@@ -460,9 +415,9 @@ def render_comparison(
 ) -> str: # HTML
     "The page."
     recommendation, (negative, warnings) = contents.recommendation, _warnings(contents)
-    return _template().render(title=title, subtitle=_subtitle(contents), virtual=virtual, headline=_minus(recommendation.headline), why=list(map(_minus, recommendation.why)),
-        negative=negative, warnings=warnings, facts=_facts(contents), parts=page_parts(contents, virtual) if parts is None else parts,
-        style=Markup(_STYLE + _MORE_STYLE), script=Markup(_SCRIPT), as_cell=as_cell).lstrip()
+    parts = page_parts(contents, virtual) if parts is None else parts
+    return page_template('compare').render(title=title, contents=[('', [(p.anchor, p.title) for p in parts])], made=_made(contents), subtitle=_subtitle(contents), virtual=virtual,
+        headline=_minus(recommendation.headline), why=list(map(_minus, recommendation.why)), negative=negative, warnings=warnings, facts=_facts(contents), parts=parts, as_cell=as_cell)
 
 # %% ../../nbs/api/compare/10b_report.ipynb #d78c898b
 def score_rows(

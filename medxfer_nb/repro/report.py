@@ -6,20 +6,20 @@
 __all__ = ['TITLES', 'clean_html', 'data_uri', 'Block', 'read_blocks', 'Section', 'read_section', 'item_order', 'render_report',
            'write_report']
 
-# %% ../../nbs/api/repro/07_report.ipynb #b305ca18
+# %% ../../nbs/api/repro/07_report.ipynb #1adae454
 import base64, html, json, math, re
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Iterable, Iterator
 
 import nbformat
-from jinja2 import Environment
+import yaml
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from .page import page_template
 from .targets import contradictions
 
 # %% ../../nbs/api/repro/07_report.ipynb #0a3e28cf
@@ -81,13 +81,15 @@ def _from_file(svg:Path) -> str:
     if svg.stat().st_size > _LARGE and png.exists() and png.stat().st_size < svg.stat().st_size: return data_uri(png.read_bytes(), 'image/png')
     return data_uri(svg.read_bytes(), 'image/svg+xml')
 
-# %% ../../nbs/api/repro/07_report.ipynb #2e2602cc
+# %% ../../nbs/api/repro/07_report.ipynb #2e5982d6
 @dataclass(frozen=True)
 class Block:
     "A table, a figure, or a paragraph that the notebook computed"
     heading: str # The notebook's heading above it; empty if it is the one of the block before
     figure: str = '' # Data URI
     table: Markup = Markup('') # Or the paragraph
+    alt: str = '' # What the figure shows; empty if its cell does not say it
+    caption: str = ''
 
 def _headings(source:str) -> list: return re.findall(r'^#{2,6}\s+(.+?)\s*#*$', source, re.M)
 
@@ -95,14 +97,22 @@ def _plain(markdown:str) -> str:
     "A line of Markdown as text"
     return html.unescape(re.sub(r'<[^>]+>', '', MarkdownIt('js-default').renderInline(markdown))).strip()
 
+def _options(source:str) -> dict:
+    "The lines `#| key: value` of a cell; those of nbdev have no value, and what is no YAML says nothing"
+    found = {}
+    for key, value in re.findall(r'^#\|\s*(fig-alt|fig-cap):\s*(\S.*)$', source, re.M):
+        try: found[key] = str(yaml.safe_load(value))
+        except yaml.YAMLError: pass
+    return found
+
 def _outputs(cells:Iterable) -> Iterator[tuple]:
-    "Heading and MIME bundle of each output that is to be shown"
+    "Heading, options and MIME bundle of each output that is to be shown"
     heading = ''
     for cell in cells:
         if cell.cell_type == 'markdown':
             for h in _headings(cell.source): heading = _plain(h)
         for output in cell.get('outputs', []):
-            if 'data' in output: yield heading, output.data
+            if 'data' in output: yield heading, _options(cell.source), output.data
 
 def _table_or_text(data:dict) -> Markup:
     "A table or Markdown among the outputs of a cell; other text is left in the notebook"
@@ -116,11 +126,12 @@ def read_blocks(
 ) -> list: # Blocks
     "Tables and figures of a notebook in their order"
     shown, above = [], ''
-    for heading, data in _outputs(cells):
+    for heading, options, data in _outputs(cells):
         figure = _displayed(data) or ''
         table = Markup('') if figure else _table_or_text(data)
         if not figure and not table: continue
-        shown.append(Block(heading if heading != above else '', figure, table))
+        said = (options.get('fig-alt', ''), _plain(options.get('fig-cap', ''))) if figure else ()
+        shown.append(Block(heading if heading != above else '', figure, table, *said))
         above = heading
     return _with_vectors(shown, _vector_files(notebook))
 
@@ -128,7 +139,7 @@ def _with_vectors(blocks:list, files:list) -> list:
     "Show the saved figures instead of the displayed ones, if each has one; saved but not displayed ones come last"
     at = [i for i, b in enumerate(blocks) if b.figure]
     if len(files) < len(at): return blocks
-    replaced = {i: Block(blocks[i].heading, blocks[i].figure if f.stat().st_size > _LARGE else _from_file(f)) for i, f in zip(at, files)}
+    replaced = {i: replace(blocks[i], figure=_from_file(f)) for i, f in zip(at, files) if f.stat().st_size <= _LARGE}
     return [replaced.get(i, b) for i, b in enumerate(blocks)] + [Block('', _from_file(f)) for f in files[len(at):]]
 
 # %% ../../nbs/api/repro/07_report.ipynb #56961501
@@ -203,64 +214,7 @@ def _origin(p:dict) -> list: # (name, value)
             *([('training runs', p['runs'])] if 'runs' in p else []), ('commit', commit), ('machine', machine),
             ('versions', ', '.join(f'{k} {v}' for k, v in versions.items()))] if p else []
 
-# %% ../../nbs/api/repro/07_report.ipynb #f8d8ac5c
-_STYLE = '''
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --panel: #f5f7f9; --accent: #0b6bb8; --good: #1a7f45; --bad: #b3372c; --even: #7a6210 }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --soft: #9aa5b1; --line: #323a44; --panel: #1c2229; --accent: #6cb6f5; --good: #5cc98a; --bad: #f08a7e; --even: #d9bd62 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem } h2 { font-size: 1.45rem; margin: 2.6rem 0 .6rem } h3 { font-size: 1.2rem; line-height: 1.3; margin: 0 } h4 { font-size: 1rem; margin: 1.6rem 0 .5rem }
-a { color: var(--accent) } code { font-size: .9em; overflow-wrap: anywhere }
-.scale { margin: 0; color: var(--soft) } .scale b { color: var(--ink) }
-.tier { margin: 1.4rem 0 .5rem; font-weight: 600 } .tier + .facts { margin: 0 }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.4rem 0 0; padding: 0; list-style: none }
-.facts li { flex: 1 1 8rem; padding: .6rem .9rem; border: 1px solid var(--line); border-radius: .5rem; color: var(--soft); font-size: .9rem; line-height: 1.35 } .facts b { display: block; color: var(--ink); font-size: 1.45rem; line-height: 1.2; font-variant-numeric: tabular-nums }
-nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1rem 0 1.6rem } nav a { padding: .2rem .75rem; border: 1px solid var(--line); border-radius: 1rem; text-decoration: none; font-size: .92rem } nav a:hover { border-color: var(--accent) }
-section { border-top: 1px solid var(--line); padding: 1.6rem 0 1.2rem; scroll-margin-top: .5rem }
-.claim { margin: .35rem 0 1rem; font-size: 1.05rem; color: var(--soft); max-width: 46rem }
-figure { margin: .5rem 0 1rem; padding: .75rem; background: #fff; border: 1px solid var(--line); border-radius: .5rem; overflow-x: auto; text-align: center } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto }
-.wide { overflow-x: auto; margin: .5rem 0 1rem }
-table { border-collapse: collapse; font-size: .9rem; line-height: 1.35; font-variant-numeric: tabular-nums; min-width: 30% }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top } thead th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom } tbody th { font-weight: 500 }
-.claims { width: 100% } td[data-of] { white-space: nowrap } .verdict { font-weight: 600; color: var(--even) } .verdict::before { content: "○ " } .good { color: var(--good) } .good::before { content: "● " } .bad { color: var(--bad) } .bad::before { content: "▲ " }
-.fault { margin: 1rem 0; padding: .8rem 1rem; border: 1px solid var(--bad); border-left-width: 5px; border-radius: .4rem; overflow-wrap: anywhere } .fault h2 { margin: 0 0 .3rem; font-size: 1.15rem; color: var(--bad) } .fault ul { margin: 0; padding-left: 1.1rem } .fault pre { margin: .2rem 0; white-space: pre-wrap; font-size: .85rem }
-.disputes li { margin-bottom: .6rem } .disputes small { color: var(--soft) }
-details { margin-top: .8rem; font-size: .88rem; color: var(--soft) } summary { cursor: pointer } dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0 0 } dt { font-weight: 600 } dd { margin: 0; overflow-wrap: anywhere }
-@media (max-width: 40rem) { main { padding: 1.2rem .9rem 3rem } h1 { font-size: 1.5rem } .claims, .claims tbody, .claims tr, .claims td { display: block } .claims thead { display: none } .claims tr { border-bottom: 1px solid var(--line); padding: .5rem 0 } .claims td { border: 0; padding: .1rem 0 } .claims td[data-of]::before { content: attr(data-of) ": "; color: var(--soft) } dl { grid-template-columns: 1fr } dd { margin-bottom: .3rem } }
-@media print { @page { margin: 1.6cm } :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb } main { max-width: none; padding: 0 } nav, summary { display: none } figure, tr, .fault { break-inside: avoid } h2, h3, h4 { break-after: avoid } body { font-size: 10.5pt } }
-'''
-
-# %% ../../nbs/api/repro/07_report.ipynb #100ab742
-_PAGE = '''{% macro verdict_table(claims) %}<div class="wide"><table class="claims"><thead><tr><th>Statement</th><th>Ours</th><th>Published</th><th>Verdict</th></tr></thead><tbody>
-{% for c in claims %}<tr><td>{{ c.about }}</td><td data-of="ours">{{ shown(c.ours) }}</td><td data-of="published">{{ shown(c.published) }}</td><td><span class="verdict {{ tone.get(c.verdict, '') }}">{{ c.words or c.verdict }}</span></td></tr>
-{% endfor %}</tbody></table></div>{% endmacro %}
-<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ headline }}</title>
-<link rel="icon" href="data:,"><style>{{ style }}</style></head><body><main>
-<header><h1>{{ headline }}</h1>
-<p class="scale"><b>{{ scales|join(' and ') }} scale</b>{% if virtual %} · virtual patients: mechanisms, not clinical numbers{% endif %}</p>
-<ul class="facts"><li><b>{{ drawn }} of {{ sections|length }}</b> notebooks executed without error</li></ul>
-{% for scale, counts in verdicts %}<p class="tier">Verdicts at {{ scale }} scale{% if scale not in scales %}, from results committed with the library{% endif %}</p>
-<ul class="facts">{% for word, n in counts %}<li><b>{{ n }}</b> {{ word }}</li>{% endfor %}</ul>
-{% endfor %}</header>
-{% if failures %}<div class="fault" id="failures"><h2>What failed</h2><ul>{% for f in failures %}<li><b>{{ f.what }}</b><pre>{{ f.message }}</pre>{% if f.log %}<small>log: <code>{{ f.log }}</code></small>{% endif %}</li>{% endfor %}</ul></div>{% endif %}
-{% for paper, group in papers %}{% if papers|length > 1 %}<h2 id="{{ paper }}">{{ titles.get(paper, paper) }}</h2>{% endif %}
-<nav aria-label="Tables and figures">{% for s in group %}<a href="#{{ s.anchor }}">{{ s.label }}</a>{% endfor %}{% if disputes(paper) %}<a href="#{{ paper }}-contradictions">Contradictions</a>{% endif %}</nav>
-{% for s in group %}<section id="{{ s.anchor }}"><header><h3>{{ s.title }}</h3></header>
-{% if s.claim %}<p class="claim">{{ s.claim }}</p>{% endif %}
-{% if s.provenance.error %}<div class="fault"><b>This notebook failed.</b><pre>{{ s.provenance.error }}</pre></div>{% endif %}
-{% if s.run %}<h4>Verdicts</h4>{{ verdict_table(s.run) }}{% endif %}
-{% if s.not_run %}<details><summary>{{ s.not_run|length }} statements not run at this scale</summary>{{ verdict_table(s.not_run) }}</details>{% endif %}
-{% for b in s.blocks %}{% if b.heading %}<h4>{{ b.heading }}</h4>{% endif %}{% if b.figure %}<figure><img src="{{ b.figure }}" alt="{{ b.heading or s.title }}"></figure>{% else %}<div class="wide">{{ b.table }}</div>{% endif %}
-{% endfor %}
-<details><summary>Provenance</summary><dl>{% for k, v in origin(s.provenance) %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}<dt>notebook</dt><dd><a href="{{ s.link|urlencode }}">{{ s.link }}</a></dd></dl></details></section>
-{% endfor %}{% if disputes(paper) %}<section class="disputes" id="{{ paper }}-contradictions"><header><h3>Where the paper contradicts itself</h3></header><ul>
-{% for c in disputes(paper) %}<li>{{ c.claim }}; but {{ c.against }}. <small>({{ c.source }})</small></li>{% endfor %}</ul></section>{% endif %}
-{% endfor %}</main></body></html>
-'''
-
-# %% ../../nbs/api/repro/07_report.ipynb #59ad041b
+# %% ../../nbs/api/repro/07_report.ipynb #b3c91995
 def _verdicts(sections) -> list: # (scale, [(verdict, how many), the most frequent first])
     "Verdicts of each scale by themselves: those of committed results say nothing of the runs on this page"
     found = {}
@@ -268,20 +222,29 @@ def _verdicts(sections) -> list: # (scale, [(verdict, how many), the most freque
         for c in s.claims: found.setdefault(c.get('scale') or s.scale, Counter())[c.get('verdict', '')] += 1
     return [(scale, sorted(n.items(), key=lambda p: (-p[1], p[0]))) for scale, n in found.items()]
 
-@lru_cache(maxsize=None)
-def _template(): return Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+def _made(sections) -> str: # Empty if no section says it
+    "When the notebooks were executed, and from which commits"
+    told = [dict(_origin(s.provenance)) for s in sections if s.provenance.get('started')]
+    days, commits = sorted({t['executed'][:10] for t in told}), dict.fromkeys(t['commit'] for t in told)
+    return f"Executed {' to '.join(dict.fromkeys((days[0], days[-1])))}, commit{'s' * (len(commits) > 1)} {'; '.join(commits)}" if told else ''
+
+def _contents(papers, failed) -> list: # (heading, [(anchor, label)])
+    "Links to all parts, a group for each paper"
+    links = [(TITLES.get(p, p) if len(papers) > 1 else '', [*((s.anchor, s.label) for s in group), *([(f'{p}-contradictions', 'Contradictions')] if contradictions(p) else [])])
+             for p, group in papers]
+    return [('', [('failures', 'What failed')])]*bool(failed) + links
 
 def render_report(
     sections:list, # Sections, in order
     failures:Iterable=() # Dicts: what, message, log
 ) -> str: # HTML
     "The page"
-    scales = sorted({s.scale for s in sections}) or ['no']
+    scales, failures = sorted({s.scale for s in sections}) or ['no'], list(failures)
     papers = [(p, [s for s in sections if s.paper == p]) for p in dict.fromkeys(s.paper for s in sections)]
     titles = [TITLES.get(p, p) for p, _ in papers]
-    return _template().render(headline=f"{titles[0]}, reproduced" if len(titles) == 1 else 'The papers, reproduced', style=Markup(_STYLE), scales=scales,
-        virtual=scales != ['paper'], drawn=sum(not s.provenance.get('error') for s in sections), sections=sections, papers=papers, titles=TITLES,
-        verdicts=_verdicts(sections), failures=list(failures), tone=_TONE, shown=_shown, origin=_origin, disputes=contradictions).lstrip()
+    return page_template('reproduce').render(title=f'{titles[0]}, reproduced' if len(titles) == 1 else 'The papers, reproduced', contents=_contents(papers, failures), made=_made(sections),
+        scales=scales, virtual=scales != ['paper'], drawn=sum(not s.provenance.get('error') for s in sections), sections=sections, papers=papers, titles=TITLES,
+        verdicts=_verdicts(sections), failures=failures, tone=_TONE, shown=_shown, origin=_origin, disputes=contradictions)
 
 def write_report(
     folder:str|Path, # Holds <paper>/<item>.ipynb, executed, and perhaps failures.json
