@@ -458,6 +458,20 @@ def test_channels_of_transposed_convolutions_are_not_tied(layer):
         assert found == {'0.weight': '0.weight', '0.bias': '0.bias', '1.weight': '1', '1.bias': '1'}
 
 
+@pytest.mark.parametrize('top, low', [(1., 1e-37), (1e6, 1e-30), (1e30, 1e-30), (3e38, 1e-20)])
+def test_zeros_beside_small_and_large_fisher_information(top, low):
+    "Against float64: what is added where there is none may not show beside what there is."
+    ratios, none = [0.2, 0.3, 0.5], torch.arange(200) < 50
+    thetas, fishers = [{'w': torch.randn(200)} for _ in range(3)], [{'w': (torch.rand(200) + 0.1) * low} for _ in range(3)]
+    for f in fishers: f['w'][none], f['w'][0] = 0., top
+    weights = torch.stack([f['w'].double() for f in fishers])
+    weights[:, (weights == 0).all(0)] = 1.
+    weights *= torch.tensor(ratios, dtype=torch.double)[:, None]
+    expected = (weights * torch.stack([t['w'].double() for t in thetas])).sum(0) / weights.sum(0)
+    merged = mode_imm(thetas, fishers, ratios, ancestry='trust')['w']
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_without_looking_for_gaps_the_merge_is_the_same(monkeypatch):
     "On a GPU no one asks whether a share is zero."
     sources, fishers = family(3), rand_fishers(3)

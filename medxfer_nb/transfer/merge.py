@@ -255,7 +255,7 @@ def _gaps(total: Tensor) -> bool:
     "May some be zero? To ask a GPU would mean to wait for it."
     return total.device.type != 'cpu' or bool(total.numel()) and total.min().item() == 0
 
-LEAST = 2.**-100 # Fisher information that is lost in rounding beside any other
+LEAST = 2.**-100 # Fisher information that is lost in rounding beside any other, if that is within 60 powers of ten of the largest
 
 def _merge_block(out: Tensor, thetas: Sequence[Tensor], shares: Sequence[Tensor], alpha: Tensor, work: Tensor | None = None, positive: bool = False):
     "out <- sum of alpha share theta / sum of alpha share, source by source; `work`: space for two numbers per entry; `positive`: are all products known to be?"
