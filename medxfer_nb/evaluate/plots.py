@@ -9,6 +9,7 @@ __all__ = ['STRATEGY_COLOURS', 'SPARE_COLOURS', 'MODULE_MARKERS', 'TITLES', 'COL
            'scale_colours', 'plot_colours', 'plot_label_counts']
 
 # %% ../../nbs/api/evaluate/02_plots.ipynb #cf9fdf16
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,11 @@ def _recipes(runs):
                   key=lambda r: (rank.get(r[0].split('(')[0], len(rank)), rank.get(r[1], len(rank))))
 
 def _recipe_title(strategy, module): return ' · '.join(filter(None, [title(strategy), title(module)]))
+
+def _panel_title(strategy, module, width=28):
+    "In lines that a third of a page holds"
+    whole = _recipe_title(strategy, module)
+    return whole if len(whole) <= width else '\n'.join(textwrap.fill(part, width) for part in whole.split(' · '))
 
 def _marker(module): return MODULE_MARKERS.get(module, 'X')
 
@@ -299,7 +305,7 @@ def plot_curves(
     fig, axes = plt.subplots(rows, columns, figsize=(max(COLUMN, PAGE*columns/3), .7 + 1.6*rows), sharex=False, sharey=True, squeeze=False)
     for ax, (s, m) in zip(axes.flat, recipes):
         for _, run in curves[(curves.strategy == s) & (curves.module == m)].groupby(run_of): _draw_curve(ax, run, values, keep, colours[s])
-        ax.set(title=_recipe_title(s, m), xlabel='iteration')
+        ax.set(title=_panel_title(s, m), xlabel='iteration')
     for ax in axes.flat[len(recipes):]: ax.set_axis_off()
     for ax in axes[:, 0]: ax.set_ylabel('loss' if len(values) > 1 else CURVES[values[0]][0])
     key = [Line2D([], [], color='.4', ls=CURVES[v][1], lw=1, label=CURVES[v][0]) for v in values]
