@@ -27,7 +27,7 @@ class ArgumentError(ValueError):
 def clear_errors(
     command:Callable # A command
 ) -> Callable: # The same, its exceptions turned into a line and an exit code
-    "Tell errors without a traceback"
+    "Tell errors without a traceback; exit code 2 for an `ArgumentError`, 1 for any other"
     @wraps(command)
     def run(*args, **kwargs):
         try: return command(*args, **kwargs)
@@ -73,7 +73,7 @@ def choose(
     given:str, # What the user wrote
     valid:Iterable[str] # What there is
 ) -> str: # `given`
-    "Refuse what there is not"
+    "Refuse what there is not: an `ArgumentError` lists what there is"
     if given not in valid: raise ArgumentError(f"there is no {what} '{given}': choose {', '.join(valid)}")
     return given
 
@@ -81,7 +81,7 @@ def paper_notebooks(
     paper:str, # Name of a paper
     folder:Path=None # Holds one folder of notebooks per paper
 ) -> list: # Paths, in the order in which they are made
-    "The notebooks of a paper"
+    "The notebooks of a paper; `ArgumentError` if there are none"
     from medxfer_nb.repro.report import item_order
     home = Path(folder) if folder else Path(__file__).resolve().parents[1]/'nbs'/'papers'
     found = sorted((home/paper).glob('[!._]*.ipynb'), key=lambda p: item_order(paper, p.stem))
@@ -95,7 +95,7 @@ def _number(text) -> int:
 def parse_seeds(
     text:str # '0,1,2'; empty: those of the scale
 ) -> tuple: # Of different numbers from 0 up
-    "The seeds that a user asks for"
+    "The seeds that a user asks for; `ArgumentError` for text that is no list of different whole numbers"
     seeds = tuple(map(_number, text.split(','))) if text else ()
     if len(set(seeds)) < len(seeds): raise ArgumentError(f"--seeds: '{text}' names a seed twice; write for example --seeds 0,1,2")
     return seeds
@@ -104,12 +104,14 @@ def parse_seeds(
 @dataclass(frozen=True)
 class Item:
     "A table or figure that is to be drawn"
-    paper: str
-    notebook: Path
+    paper: str # Name in `PAPERS`
+    notebook: Path # The notebook that draws it
     configs: tuple # The runs it shows
 
     @property
-    def name(self) -> str: return self.notebook.stem
+    def name(self) -> str:
+        "How it is asked for: the notebook's file name without suffix, such as 'tab1_strategies'"
+        return self.notebook.stem
 
 def select_items(
     papers:Iterable[str], # Names of papers
@@ -211,15 +213,20 @@ def library_hash() -> str: # 16 hexadecimal digits
 @dataclass(frozen=True, eq=False)
 class Drawing:
     "One notebook to execute"
-    item: Item
+    item: Item # The table or figure
     folder: Path # Where its executed copy goes
     parameters: dict # scale, seeds, data_root, store
     runs: tuple # Keys of all runs it shows
 
     @property
-    def output(self) -> Path: return self.folder/self.item.notebook.name
+    def output(self) -> Path:
+        "File of the executed copy"
+        return self.folder/self.item.notebook.name
+
     @property
-    def sidecar(self) -> Path: return self.output.with_suffix('.provenance.json')
+    def sidecar(self) -> Path:
+        "JSON file beside the copy: its provenance and its `stamp`, from which `is_current` tells whether to execute again"
+        return self.output.with_suffix('.provenance.json')
 
     @property
     def stamp(self) -> str: # 16 hexadecimal digits
@@ -336,7 +343,7 @@ def where_to_train(
     cluster:Path|None, # YAML file
     jobs:int|None # Runs at once on this machine
 ): # Address, `ClusterSpec`, or None: this machine
-    "Where runs are trained; refuse what contradicts itself"
+    "Where runs are trained; `ArgumentError` for options that contradict each other, or a YAML file that cannot be used"
     if isinstance(scheduler, Exported) and (cluster or jobs is not None):
         typer.echo(f"MEDXFER_SCHEDULER={scheduler} is left aside: {'--cluster' if cluster else '--jobs'} was given", err=True)
         scheduler = None
@@ -562,7 +569,7 @@ def report(
 def parse_labels(
     text:str # 'effusion,edema' or 'core=4,tumour=1+4'; empty: as the table says
 ): # Names, or name -> numbers in the masks; None: none given
-    "The labels that a user names"
+    "The labels that a user names; `ArgumentError` for text of neither form"
     parts = [p.strip() for p in text.split(',') if p.strip()]
     if '=' not in text: return parts or None
     pairs = [[side.strip() for side in p.split('=')] for p in parts]

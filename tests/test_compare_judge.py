@@ -236,6 +236,8 @@ def test_planted_differences_and_harm(task):
     r = fake_results(task, n_patients=120, arms=arms, effects={'full@a': .1, 'full@b': .1, 'bad@a': -.2}, seeds=5, seed_sd=.005, seed=1)
     j = judge(r, n=200)
     assert [j.claim(a, b) for a, b in (('full@a', 'scratch'), ('scratch', 'full@a'), ('full@a', 'full@b'), ('bad@a', 'full@a'))] == [1, -1, 0, -1]
+    for pair in (('full@a', 'full@a'), ('full@a', 'nobody')):
+        with pytest.raises(JudgeError, match='no pair here: choose two of'): j.claim(*pair)
     assert j.negative == ('bad@a',) and j.references['full'] == 'full@a' and j.table.claim_scratch['bad@a'] == -1
     assert judge(r, n=200, references=('full@b', 'soup')).references == {'full@b': 'full@b'}
 

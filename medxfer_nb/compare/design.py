@@ -94,7 +94,7 @@ def outer_folds(
     split=None, # (V,) 'train', 'test' or '' (as 'train'): a given split; then `k` and `seed` do not matter
     labels:Sequence[str]=() # Names of the C labels, for error messages
 ) -> np.ndarray: # (V,) int: the fold that tests each case; -1: never tested
-    "Patients dealt out to `k` folds, each with positives and negatives of every label"
+    "Patients dealt out to `k` folds, each with positives and negatives of every label; `DesignError` if that, or the given split, cannot be"
     patients = np.asarray(patients)
     if split is not None and (np.asarray(split).astype(str) != '').any(): return _given_folds(split, patients)
     targets = None if targets is None else np.asarray(targets, dtype=float)
@@ -116,7 +116,7 @@ def feasible_folds(
     seeds:Sequence[int]=(0,), # Of all repeats
     labels:Sequence[str]=() # Names of the C labels, for error messages
 ) -> int: # 2 ... k
-    "The largest number of folds for which `outer_folds` works"
+    "The largest number of folds for which `outer_folds` works; `DesignError` if not even two do"
     for folds in range(k, 1, -1):
         try:
             for seed in seeds: outer_folds(patients, targets, folds, seed, labels=labels)
@@ -129,7 +129,7 @@ def fold_rows(
     folds:np.ndarray, # (V,) from `outer_folds`
     fold:int # 0, 1, ...; -1: train on all
 ) -> tuple[np.ndarray, np.ndarray]: # Rows of the cases to train on, and to test on; ascending
-    "Who is trained on and who is tested in one outer fold"
+    "Who is trained on and who is tested in one outer fold; `DesignError` if there is no such fold"
     if fold == -1: return np.arange(len(folds)), np.empty(0, int)
     if fold not in folds: raise DesignError(f'there is no fold {fold}: there are {len(set(folds[folds >= 0].tolist()))}')
     return np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
@@ -142,7 +142,7 @@ def inner_split(
     seed:int=0, # Another seed, another split
     share:float=.25 # Of the cases, to choose hyper-parameters and checkpoints by
 ) -> tuple[np.ndarray, np.ndarray]: # Rows to fit on, rows to choose by; ascending
-    "Training patients divided once more, so that nothing is chosen on the outer fold"
+    "Training patients divided once more, so that nothing is chosen on the outer fold; `DesignError` if there is only one"
     rows = np.sort(np.asarray(train_rows))
     who, known = np.asarray(patients)[rows], None if targets is None else np.asarray(targets, dtype=float)[rows]
     k = min(max(2, round(1/share)), n := len(np.unique(who)))
@@ -163,7 +163,7 @@ def portions(
     fraction:float=.5, # Of the training patients
     seed:int=0 # Another seed, another choice
 ) -> np.ndarray: # Rows of the chosen patients' cases, ascending
-    "A part of the training patients; with one seed, a smaller part lies within a larger one"
+    "A part of the training patients; with one seed, a smaller part lies within a larger one; `DesignError` if no label keeps both values"
     if not 0 < fraction <= 1: raise DesignError(f'a fraction lies in (0,1], not {fraction}')
     rows = np.sort(np.asarray(train_rows))
     names, who = np.unique(np.asarray(patients)[rows], return_inverse=True)
@@ -198,7 +198,7 @@ _UNITS = dict(d=86400, h=3600, m=60, s=1)
 def parse_duration(
     text:str|float # '2h', '20min', '90 s', '1h30', '1.5 h', or a number of seconds
 ) -> float: # Seconds
-    "A span of time as one writes it"
+    "A span of time as one writes it; `DesignError` if it is none, or not longer than nothing"
     if isinstance(text, (int, float)) and not isinstance(text, bool): seconds = float(text)
     else:
         clean = re.sub(r'(?<=h)(\d+)$', r'\1m', re.sub(r'\s+', '', str(text).lower())) # 1h30 -> 1h30m
@@ -219,7 +219,7 @@ class Design:
     trials:int # Candidates of hyper-parameters that are tried in every fold
     steps:int # Optimiser steps of one trial, all its phases together
     validate_every:int # Steps between validations; divides `steps`
-    size:int # Network input, pixels
+    size:int # Network input, pixels or voxels along each side
     bs:int # Items per step
     portions:tuple=() # Fractions of the training patients, for learning curves
     portion_arms:tuple=() # Arms that have one
@@ -241,7 +241,9 @@ class Design:
         "Trainings (each with all its trials)"
         return self.repeats*self.folds*(len(self.arms) + len(self.portions)*len(self.portion_arms))
 
-    def describe(self) -> str: return describe(self)
+    def describe(self) -> str: # Several lines
+        "What will be done, see the function `describe`"
+        return describe(self)
 
     def as_dict(self) -> dict: # JSON types
         "All fields"
@@ -264,12 +266,12 @@ class Cost:
     "Seconds that things take in one process"
     step:Mapping # Arm -> one training step
     fixed:Mapping # Arm -> what a trial takes besides its steps: precision, features, starting values
-    evaluation:float=0. # A forward pass over all cases of the pool
+    evaluation:float=0. # Predicting and scoring all cases of the pool, once
     alone:frozenset=frozenset() # Arms whose runs cannot be side by side: recipes that only this process knows
 
     def run(self,
         arm:str, # Name
-        design:Design
+        design:Design # Its folds, trials and steps count
     ) -> float: # Seconds
         "One run of an arm"
         k = design.folds
@@ -278,7 +280,7 @@ class Cost:
         return START + design.trials*trial + self.evaluation*(1 - train)
 
     def study(self,
-        design:Design
+        design:Design # From `choose_design` or `fixed_design`
     ) -> float: # Seconds of wall-clock time
         "All runs of a design, `jobs` at once"
         runs = [*design.arms] + [a for _ in design.portions for a in design.portion_arms]
@@ -357,21 +359,21 @@ def choose_design(
     spent:float=0., # Seconds that inspection, preparation and probe took
     after:float=60., # Seconds that judging and the report will take
     jobs:int=1, # Runs at once
-    kind:str='films',
-    size:int=64,
-    bs:int=16,
-    n_patients:int=0,
+    kind:str='films', # Of pool: films, slices, volumes
+    size:int=64, # Network input, pixels or voxels along each side
+    bs:int=16, # Items per step
+    n_patients:int=0, # Of the pool
     n_items:int=0, # Of the pool
     max_folds:int=5, # What the data carry; 1: a given split
     portion_arms:Sequence[str]=(), # Arms with a learning curve
     fractions:Sequence[float]=(.25, .5), # Of the training patients that the data carry
     core:int=6, # Arms that are given up last
     least:int=3, # Arms without which there is no comparison
-    seed:int=0,
+    seed:int=0, # Of the study
     left_out:Mapping=None, # Arm -> why it cannot apply
     margin:float=.2 # Of the budget: machines are shared, estimates are rough
 ) -> Design:
-    "The best design that fits: the first rung of the ladder, with as many steps as the budget allows"
+    "The best design that fits: the first rung of the ladder, with as many steps as the budget allows; `DesignError` if not even the last one does"
     room = budget*(1 - margin) - spent - after
     for rung, kept in _candidates(arms, max(core, least), least):
         k = max_folds if max_folds == 1 else min(rung.folds, max_folds)
@@ -409,7 +411,7 @@ def fixed_design(
     max_folds:int=5, # What the data carry; 1: a given split
     **more # Other fields of `Design`
 ) -> Design:
-    "A design that was decided by hand"
+    "A design that was decided by hand; `DesignError` if something unknown is fixed, or the data do not carry the folds"
     if unknown := sorted(set(wanted) - set(FREE)): raise DesignError(f"a plan has no {', '.join(unknown)}: what can be fixed is {', '.join(FREE)}")
     made = FREE | dict(wanted)
     if min(made['folds'], made['repeats'], made['trials'], made['steps'], made['bs']) < 1: raise DesignError(f'folds, repeats, trials, steps and bs are positive, not {dict(wanted)}')
@@ -430,7 +432,7 @@ def _nesting(d:Design) -> str:
     return f'{outer}; in each {tried}, {d.steps:,} steps of {d.bs}, checkpoint by an inner validation every {_plural(d.validate_every, "step")}; the same for all strategies'
 
 def describe(
-    design:Design
+    design:Design # From `choose_design` or `fixed_design`
 ) -> str: # Several lines
     "What will be done, how long it takes, and what the budget does not allow"
     curve = f'learning curve of {" and ".join(design.portion_arms)} at {" and ".join(f"{f:.0%}" for f in design.portions)} of the training patients'
@@ -492,11 +494,11 @@ def probe(
     sources:Mapping, # Name -> `compare.sources.Source`
     task:Callable, # Architecture, or None for the default -> `compare.tasks.Task`
     bs:int=16, # Items per step
-    seed:int=0,
+    seed:int=0, # Of the study
     seconds:float=60., # At most, about
     progress:Callable=print # Takes a line
 ) -> tuple[Cost, dict]: # What strategies cost; arm -> why it failed
-    "Measure each strategy by a few real steps"
+    "Measure each strategy by a few real steps; `DesignError` if none works"
     from medxfer_nb.compare.recipes import get_recipe, recipe_code
     rows, start, found, failed, evaluation = _probed_rows(pool, seed), time.perf_counter(), {}, {}, 0.
     kinds = {}

@@ -111,10 +111,10 @@ def _forest_axis(ax, titles, about):
 _CLAIM = {1: 'better', 0: 'not told apart', -1: 'worse'}
 
 def differences(
-    judgement: Judgement,
+    judgement: Judgement, # from `judge`
     reference: str, # one of `judgement.references`, or any arm
 ) -> pd.DataFrame: # index arm: difference, low, high, claim; the best first
-    "Differences of all arms to one, as the judge found them."
+    "Differences of all arms to one, as the judge found them; `ValueError` if there is no such one."
     columns = ['difference', 'low', 'high', 'claim']
     if reference in judgement.references: return judgement.against(reference)[columns].sort_values('difference', ascending=False, kind='stable')
     if reference not in judgement.table.index: raise ValueError(f"there is no arm {reference!r}: choose among {', '.join([*judgement.references, *judgement.table.index])}")
@@ -126,10 +126,10 @@ def differences(
 @paper_style()
 def plot_forest(
     results: Results,
-    judgement: Judgement,
+    judgement: Judgement, # from `judge`, of these results
     reference: str = 'full', # one of `judgement.references`, or any arm
 ) -> plt.Figure:
-    "Differences to a reference with their intervals over repeats and patients."
+    "Differences to a reference with their intervals over repeats and patients; `ValueError` if there is nothing to compare."
     base, table = judgement.references.get(reference, reference), differences(judgement, reference)
     if not len(table): raise ValueError(f'there is nothing to compare: {base} is the only arm')
     fig, ax = plt.subplots(figsize=(PAGE, 1.1 + .31*len(table)))
@@ -184,7 +184,7 @@ def plot_learning(
     results: Results,
     reference: str = 'scratch', # arm that the right panel subtracts
 ) -> plt.Figure:
-    "Score against the number of training patients, and what transfer adds to it (dotted: where its interval reaches 0)."
+    "Score against the number of training patients, and what transfer adds (dotted: where its interval reaches 0); `ValueError` without learning curves."
     curves = results.curves
     if curves.portion.nunique() < 2: raise ValueError('no learning curves: the design had no portions of the training patients; a larger budget has')
     arms, sizes, styles = [a for a in results.arms if a in set(curves.arm)], sorted(curves.groupby('portion').n_patients.mean()), arm_styles(results.arms)
@@ -243,8 +243,8 @@ def table_row(
 
 def worst_cases(
     results: Results,
-    arm: str,
-    n: int = 6,
+    arm: str, # one of the results
+    n: int = 6, # at most
 ) -> list[int]: # rows of the table, the worst first
     "Cases with the lowest Dice or the highest log loss, mean over the repeats."
     name, sign = ('dice', 1) if results.task == 'segmentation' else ('log_loss', -1)
@@ -299,8 +299,8 @@ def _outline(ax, masks, colour, line):
 def plot_failures(
     results: Results,
     pool, # `Pool`: its images, and the true masks
-    arm: str,
-    n: int = 6,
+    arm: str, # one of the results
+    n: int = 6, # cases at most
     masks: Mapping[int, np.ndarray] | None = None, # case -> predicted mask at the pool's resolution
 ) -> plt.Figure:
     "The worst cases, with what is true and what the networks said."
@@ -368,7 +368,7 @@ _BLUES = ('#6BAED6', '#9ECAE1', '#C6DBEF', '#DEEBF7')
 def plot_choices(
     results: Results,
 ) -> plt.Figure:
-    "Settings chosen by the inner loop: one bar per strategy, one piece per setting."
+    "Settings chosen by the inner loop: one bar per strategy, one piece per setting; `ValueError` if none were."
     table = chosen(results)
     if not len(table): raise ValueError('no settings were chosen: the strategies have none, or the runs did not record them')
     arms = list(dict.fromkeys(table.arm))
@@ -389,7 +389,7 @@ def plot_choices(
 def plot_mixing(
     results: Results,
 ) -> plt.Figure:
-    "Mixing ratios per layer of each merging strategy."
+    "Mixing ratios per layer of each merging strategy; `ValueError` if none merges."
     if not len(results.ratios): raise ValueError('no mixing ratios: none of the strategies merges sources')
     arms = [a for a in results.arms if a in set(results.ratios.arm)]
     fig, axes = plt.subplots(len(arms), 1, figsize=(PAGE, 2.2*len(arms)), squeeze=False)
@@ -413,9 +413,9 @@ def _reliability(ax, table, title):
 def plot_reliability(
     results: Results,
     arms: Sequence[str] | None = None, # default: all; at most four are drawn
-    bins: int = 10,
+    bins: int = 10, # of equal width
 ) -> plt.Figure:
-    "Observed frequency against predicted probability (bars: how many cases)."
+    "Observed frequency against predicted probability (bars: how many cases); `ValueError` for a segmentation."
     if results.task != 'classification': raise ValueError('a segmentation has no reliability curve: see plot_bland_altman')
     arms = list(arms or results.arms)[:4]
     fig, axes = plt.subplots(1, len(arms), figsize=(min(PAGE, 2.4*len(arms)), 2.75), sharey=True, squeeze=False)
@@ -428,16 +428,16 @@ def plot_reliability(
 @paper_style()
 def plot_bland_altman(
     results: Results,
-    arm: str,
+    arm: str, # one of the results
 ) -> plt.Figure:
-    "Volume found minus volume drawn, against their mean."
+    "Volume found minus volume drawn, against their mean, in ml; `ValueError` for a classification."
     if results.task != 'segmentation': raise ValueError('a classification has no volumes: see plot_reliability')
     agreement = bland_altman(results, arm)
     fig, ax = plt.subplots(figsize=(PAGE*.7, 2.8))
     ax.axhspan(agreement.bias_low, agreement.bias_high, color=TONES['better'], alpha=.15, lw=0)
-    for value, what, line in ((agreement.high, 'upper limit', '--'), (agreement.bias, 'bias', '-'), (agreement.low, 'lower limit', '--')):
+    for value, what, line, va in ((agreement.high, 'upper limit', '--', 'bottom'), (agreement.bias, 'bias', '-', 'center'), (agreement.low, 'lower limit', '--', 'top')):
         ax.axhline(value, color=TONES['better'], ls=line, lw=1.1)
-        ax.annotate(f'{what} {value:+.3g} ml'.replace('-', '−'), (1.01, value), xycoords=ax.get_yaxis_transform(), va='center', size='small', color=TONES['better'])
+        ax.annotate(f'{what} {value:+.3g} ml'.replace('-', '−'), (1.01, value), xycoords=ax.get_yaxis_transform(), va=va, size='small', color=TONES['better'])
     ax.axhline(0, color='.6', lw=.8)
     ax.plot(agreement.cases.mean_ml, agreement.cases.difference_ml, 'o', ms=3.5, color='.25', alpha=.45, mec='none')
     ax.set(xlabel='mean of drawn and found volume, ml', ylabel='found − drawn, ml', title=results.titles[arm])

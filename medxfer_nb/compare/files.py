@@ -75,7 +75,7 @@ def _read_image(path:Path) -> RawCase:
 def read_series(
     folder:Path # The slices of one series, of any modality
 ) -> tuple: # (Z,Y,X) float32, `Grid`
-    "A volume from a folder of DICOM slices"
+    "A volume from a folder of DICOM slices; `CTError` if they make none"
     slices = _read_headers(folder)
     if {ds.get('Modality') for _, ds in slices} == {'CT'}:
         volume = read_dicom_series(folder)
@@ -119,7 +119,7 @@ def _read_mask_image(
 def read_mask(
     path:Path # PNG, NIfTI or folder of a DICOM series
 ) -> tuple: # (Z,Y,X) numbers as stored; `Grid`, None for an image
-    "The numbers of a mask"
+    "The numbers of a mask; `CaseError` names a file that cannot be read, or is no mask"
     sort = medium(path)
     if sort == 'image': return _read_mask_image(path), None
     return read_nifti(path) if sort == 'nifti' else read_series(path)
@@ -128,7 +128,7 @@ def check_on_grid(
     mask:np.ndarray, own:Grid, # From `read_mask`
     raw:RawCase # Of the image
 ) -> None:
-    "A mask lies on its image"
+    "A mask lies on its image: `CTError` if sizes or places differ"
     if mask.shape != raw.image.shape[1:]:
         size = lambda shape: ' x '.join(map(str, shape if raw.grid else shape[1:]))
         raise CTError(f'the mask has {size(mask.shape)} voxels, the image {size(raw.image.shape[1:])}: is it the mask of another case? Else resample it')

@@ -54,12 +54,13 @@ class Probabilities(nn.Module):
         super().__init__()
         self.net, self.stats, self.is_softmax = net, task.stats, task.exclusive or task.kind == 'slices'
 
-    def forward(self, x: Tensor) -> Tensor: # (B, M, ...) in [0, 1] -> (B, C, ...) in [0, 1]
+    def forward(self, x: Tensor) -> Tensor:
+        "Intensities (B, M, ...) in [0, 1] -> probabilities (B, C, ...) in [0, 1], float32."
         logits = self.net((x - self.stats[0])/self.stats[1]).float()
         return logits.softmax(1) if self.is_softmax else logits.sigmoid()
 
 def intensities(
-    pool: Pool,
+    pool: Pool, # From `prepare`, or `pool_of`
     rows: Sequence[int], # Of items, ascending
 ) -> np.ndarray: # (n, M, ...) float32 in [0, 1]
     "Items as a program takes them."
@@ -88,9 +89,9 @@ ATOL = 1e-5
 
 def deviation(
     module: Callable, # A program as it was read back
-    task: Task,
+    task: Task, # That the network was trained for
     net: nn.Module, # In evaluation mode
-    pool: Pool,
+    pool: Pool, # Whose items are tried
     n: int = 3, # Items to try
 ) -> float: # Largest difference of two probabilities
     "How far a program is from its network."
@@ -140,13 +141,13 @@ def _emptied(folder: Path) -> Path:
 
 def write_model(
     folder: str | Path, # Made if missing; a model that lies there is replaced
-    task: Task,
+    task: Task, # What the network was trained for: the card says so
     net: nn.Module, # From `task.network`
     pool: Pool, # That it was trained on: says how files are prepared, and checks the program
     progress: Callable = print, # Takes lines
     **facts, # For the card: JSON types
 ) -> Path: # The folder
-    "Weights, program and card."
+    "Weights, program and card; `HandoverError` if the folder holds other files."
     folder, net = _emptied(Path(folder)), net.cpu().float().eval()
     save_tensors(folder/'weights.safetensors', net.state_dict())
     card = task_card(task, net) | dict(format=FORMAT, task=pool.task, preprocessing=pool.preprocessing, postprocessing=_postprocessing(task), program=_write_program(folder, task, net, pool, progress)) | facts
@@ -203,7 +204,9 @@ class Model:
     device: torch.device
 
     @property
-    def labels(self) -> tuple: return tuple(self.card['labels'])
+    def labels(self) -> tuple: # of str
+        "Names of the findings, classes or structures that it answers for."
+        return tuple(self.card['labels'])
 
     def __call__(self,
         items: np.ndarray, # (n, M, ...) float32 in [0, 1]
@@ -238,7 +241,7 @@ def load_model(
     folder: str | Path, # From `write_model` or `hand_over`
     use: str = 'weights', # Or 'program'
 ) -> Model:
-    "A model, ready to use."
+    "A model, ready to use; `HandoverError` if a part is missing, damaged, or more than arithmetic on tensors."
     folder = Path(folder)
     card, again = _read_card(folder), 'copy the folder again, or hand the model over again'
     if use not in ('weights', 'program'): raise HandoverError(f"use is 'weights' or 'program', not {use!r}")
@@ -329,12 +332,12 @@ def _save_masks(card: dict, masks: dict, raw: RawCase, path: Path) -> dict: # Co
     return names | {f'{label} ({unit})': mask.sum()*size for label, mask in masks.items()}
 
 def predict_file(
-    model: Model,
+    model: Model, # From `load_model`
     path: Path, # Image, NIfTI file or folder of a DICOM series
     out: Path, # Masks are written there
     stem: str = 'case', # Their name is stem_predicted
 ) -> dict: # Columns of the table
-    "What a model says of one file."
+    "What a model says of one file; `CaseError` if it cannot be used."
     card = model.card
     new, raw = pool_of(path, card['preprocessing'], model.labels, {k: tuple(v) for k, v in card['regions'].items()})
     probabilities = model(intensities(new, np.arange(len(new.cases))))
@@ -360,7 +363,7 @@ def predict(
     use: str = 'weights', # Or 'program', see `load_model`
     progress: Callable | None = print, # Takes a line for each file that fails
 ) -> Predictions:
-    "Apply a model to new files."
+    "Apply a model to new files; those that cannot be used are told and left out, `HandoverError` only if the model cannot be used."
     model, out, say = model if isinstance(model, Model) else load_model(model, use), Path(out), progress or (lambda line: None)
     files, failures = find_inputs(inputs, model.card['preprocessing']['medium'])
     out.mkdir(parents=True, exist_ok=True)
@@ -377,11 +380,11 @@ def predict(
 
 # %% ../../nbs/api/compare/11_handover.ipynb #a275a478
 def stored_run(
-    store: Store,
-    results: Results,
+    store: Store, # Of the comparison
+    results: Results, # Of the comparison
     arm: str, # One of `results.arms`
 ) -> CompareRun: # Of the first repeat and fold
-    "The configuration behind some results."
+    "The configuration behind some results; `HandoverError` if there is no such arm, or its run is not stored any more."
     if arm not in results.arms: raise HandoverError(f"no strategy {arm!r} in the results: choose {', '.join(results.arms)}")
     name, tested = next(iter(results.scores[arm])), np.flatnonzero(results.folds[0] == 0)
     for record in store.records():
@@ -414,8 +417,8 @@ def _limits(results: Results, pool: Pool, arm: str, judgement, recommendation) -
 def card_facts(
     final: Record, # Of the training on all patients
     study: Path, # Its study
-    pool: Pool,
-    results: Results,
+    pool: Pool, # All cases that it was trained on
+    results: Results, # Of the comparison
     judgement, # `compare.judge.Judgement`
     recommendation, # `compare.recommend.Recommendation`
 ) -> dict: # JSON types
@@ -446,7 +449,7 @@ def hand_over(
     path: str | Path | None = None, # Folder for the model; None: `model` in that of the comparison
     progress: Callable | None = print, # Takes lines
 ) -> Path: # The folder of the model
-    "Train a strategy on all patients, and write weights, card and program."
+    "Train a strategy on all patients, and write weights, card and program; `HandoverError` if the cases have changed, or the training failed."
     folder, results, judgement, recommendation = _answer(comparison)
     store, study, say = Store(folder/'store'), folder/'study', progress or (lambda line: None)
     arm = arm or recommendation.choice

@@ -43,7 +43,7 @@ def _merged(
     for f in findings: found[f.level, f.check, f.what, f.remedy].update(f.rows)
     for (level, check, what, remedy), rows in found.items(): yield Finding(level, check, what, tuple(sorted(rows)), remedy)
 
-def check_files(s:Survey) -> Iterator:
+def check_files(s:Survey) -> Iterator: # of `Finding`
     "Files that cannot be used, and what readers warn of"
     yield from _merged([f.fault for f in s.facts if f.fault])
     yield from s.warned
@@ -51,7 +51,7 @@ def check_files(s:Survey) -> Iterator:
 # %% ../../nbs/api/compare/01_inspect.ipynb #2715bde2
 FEW_PATIENTS = 20
 
-def check_patients(s:Survey) -> Iterator:
+def check_patients(s:Survey) -> Iterator: # of `Finding`
     "How many there are, and whether any is on two sides of a split"
     n, split = len(np.unique(s.patients)), s.table.frame['split'].to_numpy(str)
     yield Finding('note', 'patients', f"{_count(len(s.rows), 'case')} of {_count(n, 'patient')}")
@@ -82,7 +82,7 @@ def similar_names(s:Survey) -> np.ndarray: # (K,2) case numbers
     parts = lambda name: ' '.join(p.lstrip('0') or '0' for p in re.findall(r'\d+|[^\W\d_]+', name.casefold()))
     return _namesakes(s, s.table.frame['patient'].map(parts))
 
-def check_names(s:Survey) -> Iterator:
+def check_names(s:Survey) -> Iterator: # of `Finding`
     "Whether one person has two names in the table"
     split, remedy = s.table.frame['split'].to_numpy(str), 'if they are one patient, give them one name in the column patient'
     for why, pairs, sure in (('the same PatientID in their DICOM headers', same_person(s), True), ('names that differ in nothing but capitals, zeros or punctuation', similar_names(s), False)):
@@ -123,8 +123,8 @@ def equal_pairs(
 
 # %% ../../nbs/api/compare/01_inspect.ipynb #37b687ab
 def contradict(
-    s:Survey,
-    i:int, j:int # Cases
+    s:Survey, # From `survey`
+    i:int, j:int # Cases, counted from 0
 ) -> bool:
     "Whether two cases with the same image have different labels or masks"
     if s.table.task == 'segmentation': return s.facts[i].mask_digest != s.facts[j].mask_digest
@@ -148,7 +148,7 @@ def duplicate_pairs(s:Survey) -> dict: # 'same' and 'near' -> (K,2) cases
     copies = np.array([s.facts[i].digest == s.facts[j].digest for i, j in near], bool)
     return dict(same=same, near=near[~copies] if len(near) else near)
 
-def check_duplicates(s:Survey) -> Iterator:
+def check_duplicates(s:Survey) -> Iterator: # of `Finding`
     "Images that are there twice"
     split, sorts, found = s.table.frame['split'].to_numpy(str), defaultdict(list), duplicate_pairs(s)
     for sort, ps in found.items():
@@ -178,7 +178,7 @@ def class_counts(s:Survey) -> pd.DataFrame: # One row per label and value: patie
     return pd.DataFrame([{'label': name, 'value': word, 'patients': count(there), 'cases': int(there.sum()),
                           **{side: count(there & (split == side)) for side in sides}} for name, word, there in values])
 
-def check_classes(s:Survey) -> Iterator:
+def check_classes(s:Survey) -> Iterator: # of `Finding`
     "Classes and structures that too few patients have"
     for c in class_counts(s).to_dict('records'):
         name = f"structure '{c['label']}'" if c['value'] == 'present' else f"'{c['label']}' = {c['value']}"
@@ -190,7 +190,7 @@ def check_classes(s:Survey) -> Iterator:
             if n >= 2 and c.get(side) == 0: yield Finding('error', 'classes', f'{name}: none on the {side} side of the split', (), 'change the column split, or leave it blank')
 
 # %% ../../nbs/api/compare/01_inspect.ipynb #efa6e536
-def check_values(s:Survey) -> Iterator:
+def check_values(s:Survey) -> Iterator: # of `Finding`
     "Images that hold nothing, and values on two scales"
     for whole in (True, False):
         bad = [i for i in s.read if (n := len(s.facts[i].constant)) and (n == s.facts[i].shape[0]) == whole]
@@ -219,7 +219,7 @@ def _inverted(
     r = z @ (typical / (np.linalg.norm(typical) + 1e-9))
     return (r < -.3) & ((r > .3).mean() > .7)
 
-def check_brightness(s:Survey) -> Iterator:
+def check_brightness(s:Survey) -> Iterator: # of `Finding`
     "Images that are unlike all others, or overexposed"
     use = np.array([i for i in s.read if not s.facts[i].constant], int)
     if len(use) < 3: return
@@ -240,7 +240,7 @@ def _far(
     known = np.where(values > 0, values, np.nan)
     return abs(np.log(known / np.nanmedian(known))) > np.log(factor) if (values > 0).any() else np.zeros(len(values), bool)
 
-def check_sizes(s:Survey) -> Iterator:
+def check_sizes(s:Survey) -> Iterator: # of `Finding`
     "Images and volumes of unusual size, shape or spacing"
     if not len(s.read): return
     value = lambda k: np.array([s.facts[i].numbers[k] for i in s.read], float)
@@ -259,7 +259,7 @@ def check_sizes(s:Survey) -> Iterator:
     if (thick := ratio > 3).any(): yield Finding('note', 'sizes', f'{thick.sum()} volumes have slices more than three times as thick as their pixels are wide')
 
 # %% ../../nbs/api/compare/01_inspect.ipynb #b3ba26dc
-def check_masks(s:Survey) -> Iterator:
+def check_masks(s:Survey) -> Iterator: # of `Finding`
     "Masks that cannot be right"
     if s.table.task != 'segmentation': return
     frame = s.table.frame
@@ -345,7 +345,7 @@ def _place(name:str) -> str:
     return f"brightness in the {('upper', 'middle', 'lower')[min(2, y * 3 // 16)]} {('left', 'centre', 'right')[min(2, x * 3 // 16)]}"
 
 def shortcuts(
-    s:Survey,
+    s:Survey, # From `survey`
     label:np.ndarray # (V,) 1, 0, NaN
 ) -> tuple: # What a network sees, what names tell: score -> area
     "All that tells a class without a look at the anatomy"
@@ -356,7 +356,7 @@ def shortcuts(
         seen |= {_place(k): v for k, v in list(spots.items())[:1]}
     return seen, separates(*_by_patient(s, *_named(s), label), over=.95)
 
-def check_shortcuts(s:Survey) -> Iterator:
+def check_shortcuts(s:Survey) -> Iterator: # of `Finding`
     "Classes that can be told without a look at the anatomy"
     if s.table.task != 'classification' or not len(s.read): return
     for name, label in zip(s.table.labels, s.table.targets.T):
@@ -397,16 +397,26 @@ class Inspection:
     groups:np.ndarray # (V,) int64: patients, with those that share images as one
     counts:pd.DataFrame # See `class_counts`
 
-    def of(self, level:str) -> tuple: return tuple(f for f in self.findings if f.level == level)
+    def of(self,
+        level:str # One of `LEVELS`
+    ) -> tuple: # of `Finding`
+        "Findings of one level, in the order of the checks"
+        return tuple(f for f in self.findings if f.level == level)
 
     @property
-    def errors(self) -> tuple: return self.of('error')
+    def errors(self) -> tuple: # of `Finding`
+        "What stops a comparison"
+        return self.of('error')
 
     @property
-    def warnings(self) -> tuple: return self.of('warning')
+    def warnings(self) -> tuple: # of `Finding`
+        "What may mislead a comparison, but does not stop it"
+        return self.of('warning')
 
     @property
-    def notes(self) -> tuple: return self.of('note')
+    def notes(self) -> tuple: # of `Finding`
+        "What is worth knowing, and is no fault"
+        return self.of('note')
 
     @property
     def ok(self) -> bool:
@@ -479,7 +489,7 @@ Inspection.save = _save
 def load_inspection(
     folder:Path # Of the results
 ) -> Inspection:
-    "What `Inspection.save` kept"
+    "What `Inspection.save` kept; `TableError` if it cannot be read"
     path = Path(folder)/'inspection.json'
     try:
         d = json.loads(path.read_text(encoding='utf-8'))

@@ -114,11 +114,11 @@ def _estimate_dice(results) -> Estimates:
     return Estimates('dice', {a: v.mean(1) for a, v in values.items()}, {a: v.T/p**.5 for a, v in values.items()}, p)
 
 def estimate(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     n: int = 2000,   # Sets of patients drawn, for an AUC
     seed: int = 0,   # Of these draws
 ) -> Estimates:
-    "Scores of every arm and repeat, and how they move with the patients."
+    "Scores of every arm and repeat, and how they move with the patients; `JudgeError` if too few were tested to judge by."
     return _estimate_auc(results, n, seed) if results.metric == 'auc' else _estimate_dice(results)
 
 # %% ../../nbs/api/compare/08_judge.ipynb #059044c7
@@ -131,10 +131,14 @@ class Compared(Difference):
     n_patients: int
 
     @property
-    def n_seeds(self) -> int: return len(self.per_seed)
+    def n_seeds(self) -> int:
+        "S: repeats that it rests on."
+        return len(self.per_seed)
 
     @property
-    def covers(self) -> str: return CLAIM if self.n_seeds > 1 else TRAINED_ONLY
+    def covers(self) -> str:
+        "What the interval is about: the strategies, or with one repeat these trained networks only."
+        return CLAIM if self.n_seeds > 1 else TRAINED_ONLY
 
     @property
     def caveat(self) -> str:
@@ -144,7 +148,9 @@ class Compared(Difference):
         low, high = ((self.n_seeds - 1)/stats.chi2.ppf([.975, .025], self.n_seeds - 1))**.5
         return f'{self.n_seeds} repeats: the true spread between repeats may be {low:.1f} to {high:.1f} times what they show'
 
-    def how(self): return f"{self.n_seeds} repeat{'s'*(self.n_seeds > 1)} x {self.n_patients} patients, p={self.p:.2g}"
+    def how(self):
+        "Repeats, patients and p-value, for the printed difference."
+        return f"{self.n_seeds} repeat{'s'*(self.n_seeds > 1)} x {self.n_patients} patients, p={self.p:.2g}"
 
 def _parts(per_seed, moves, n_patients, share) -> Parts:
     "Variance parts behind scores per repeat and their covariance over patients."
@@ -173,8 +179,8 @@ def _compared(per_seed, moves, n_patients, share, level) -> Compared:
     return Compared(mean, (mean - half, mean + half), level, _p_value(mean, half_width), tuple(per_seed.tolist()), parts, n_patients)
 
 def score_of(
-    estimates: Estimates,
-    arm: str,
+    estimates: Estimates, # From `estimate`
+    arm: str, # One of the results
     level: float = .95, # Of the interval
 ) -> Compared:
     "Score of an arm."
@@ -182,7 +188,7 @@ def score_of(
     return replace(c, interval=tuple(float(np.clip(x, 0, 1)) for x in c.interval)) # neither AUC nor Dice goes beyond
 
 def compare_arms(
-    estimates: Estimates,
+    estimates: Estimates, # From `estimate`
     a: str,             # An arm
     b: str,             # The arm to subtract
     level: float = .95, # Of the interval
@@ -227,7 +233,7 @@ def adjust(
     p: Sequence[float],       # p-values of one family; NaN: not tested
     correction: str = 'bh',   # 'bh' (Benjamini-Hochberg) or 'holm'
 ) -> np.ndarray:              # adjusted p-values
-    "p-values corrected for the size of their family."
+    "p-values corrected for the size of their family; `JudgeError` for another correction."
     p = np.asarray(p, float)
     if correction == 'bh': return benjamini_hochberg(p)
     if correction != 'holm': raise JudgeError(f"correction={correction!r}: choose 'bh' or 'holm'")
@@ -240,10 +246,10 @@ def adjust(
 DRAWS = 20_000 # random sign patterns, for more than 20 patients
 
 def trained_tests(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     a: str,             # An arm
     b: str,             # The other
-) -> dict[str, float]:  # sign_flip, wilcoxon and, for a classification, delong
+) -> dict[str, float]:  # sign_flip, wilcoxon and, for a classification, delong: over labels by Bonferroni, the largest of the repeats
     "p-values that cover these trained networks only."
     x, y = (patient_values(results, arm).mean(0) for arm in (a, b))
     found = dict(sign_flip=sign_flip_test(x, y, draws=DRAWS).p, wilcoxon=wilcoxon(x, y).p)
@@ -261,24 +267,24 @@ def _known(results, arm) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(y[k], p[k]) for y, p, f in rows for k in [(f >= 0) & ~np.isnan(y)] if k.any()]
 
 def ece(
-    results: Results,
-    arm: str,
+    results: Results, # Of a classification
+    arm: str, # One of the results
     bins: int = 10,    # Of equal width
 ) -> float:
-    "Expected calibration error, mean over repeats and labels."
+    "Expected calibration error in [0, 1], mean over repeats and labels; `JudgeError` if the arm has no probabilities."
     def one(y, p):
         k = _bin_numbers(p, bins)
         return np.abs(np.bincount(k, p - y, bins)).sum()/len(y)
     return float(np.mean([one(y, p) for y, p in _known(results, arm)]))
 
 def reliability(
-    results: Results,
-    arm: str,
+    results: Results, # Of a classification
+    arm: str, # One of the results
     bins: int = 10,             # Of equal width
     label: str | None = None,   # One of the labels; None: all together
     level: float = .95,         # Of Wilson's interval
 ) -> pd.DataFrame:              # A row per bin that is not empty: low, high, predicted, observed, observed_low, observed_high, n (cases per repeat)
-    "Reliability curve: what was predicted, and how often it was so."
+    "Reliability curve: what was predicted, and how often it was so; `JudgeError` if there is no such label, or no probabilities."
     from statsmodels.stats.proportion import proportion_confint
     if label is not None and label not in results.labels: raise JudgeError(f'no label is called {label!r}; there are {list(results.labels)}')
     kept = results if label is None else replace(results, labels=(label,), targets=results.targets[:, [results.labels.index(label)]],
@@ -292,9 +298,9 @@ def reliability(
 
 # %% ../../nbs/api/compare/08_judge.ipynb #21c51cb3
 def surface(
-    results: Results,
-    arm: str,
-) -> dict[str, float]: # median, q25, q75 in mm over patients; undefined: share of the tested cases where a mask is empty
+    results: Results, # Of a segmentation
+    arm: str, # One of the results
+) -> dict[str, float]: # median, q25, q75 over patients (mm or pixels: `Pool.unit`); undefined: share of the tested cases where a mask is empty
     "HD95 over patients, each the mean over its cases and repeats."
     values, tested = results.scores[arm]['hd95'], results.folds >= 0
     patients = per_patient(results, arm, 'hd95')
@@ -306,7 +312,7 @@ def surface(
 class BlandAltman:
     "Agreement of predicted and true volumes, ml."
     bias: float              # Mean of predicted minus true
-    low: float               # Limits of agreement: where 95 of 100 differences lie
+    low: float               # Limits of agreement: where a share of `level` of the differences lies, of 95 % unless told
     high: float
     bias_low: float          # Interval of the bias over repeats and patients
     bias_high: float
@@ -320,11 +326,11 @@ def _volume_errors(results, arm) -> np.ndarray:
     return grid[:, np.isfinite(grid).all(0)]
 
 def bland_altman(
-    results: Results,
-    arm: str,
+    results: Results, # Of a segmentation
+    arm: str, # One of the results
     level: float = .95,  # Of the limits and of the bias's interval
 ) -> BlandAltman:
-    "Bias and limits of agreement of the volumes that an arm predicts, over the cases whose volume is known."
+    "Bias and limits of agreement (Bland and Altman) of predicted volumes, ml, over the cases whose volume is known; `JudgeError` below two patients."
     scores, grid = results.scores[arm], _volume_errors(results, arm)
     if grid.shape[1] < 2: raise JudgeError('volumes in ml need files that tell their spacing, of at least two patients: there are fewer')
     d, mean = scores['predicted_ml'] - scores['ml'], (scores['predicted_ml'] + scores['ml'])/2
@@ -404,38 +410,60 @@ class Judgement:
     n_seeds: int
 
     @property
-    def notes(self) -> tuple: return self.estimates.notes
-    @property
-    def n_patients(self) -> int: return self.estimates.n_patients
-    @property
-    def best(self) -> str: return self.table['mean'].idxmax()
-    @property
-    def negative(self) -> tuple: return tuple(self.table.index[self.table.negative])
+    def notes(self) -> tuple: # of str
+        "What was left out of the estimates, and why."
+        return self.estimates.notes
 
-    def score(self, arm: str) -> Compared: return score_of(self.estimates, arm, self.level)
-    def compare(self, a: str, b: str) -> Compared: return compare_arms(self.estimates, a, b, self.level)
+    @property
+    def n_patients(self) -> int:
+        "Patients that were tested in every repeat."
+        return self.estimates.n_patients
+
+    @property
+    def best(self) -> str:
+        "Arm with the highest mean score, sure or not."
+        return self.table['mean'].idxmax()
+
+    @property
+    def negative(self) -> tuple: # of arms
+        "Negative transfer: arms whose whole interval lies below training from scratch; empty with one repeat."
+        return tuple(self.table.index[self.table.negative])
+
+    def score(self,
+        arm: str, # One of the index of `table`
+    ) -> Compared:
+        "Mean AUC or Dice of an arm, with its interval."
+        return score_of(self.estimates, arm, self.level)
+
+    def compare(self,
+        a: str, # An arm
+        b: str, # The arm to subtract
+    ) -> Compared:
+        "Score of a minus score of b, paired by repeat and patient; not corrected for the number of comparisons."
+        return compare_arms(self.estimates, a, b, self.level)
 
     def plan(self,
-        a: str,
-        b: str,
-        difference: float, # To be found
+        a: str, # An arm
+        b: str, # The arm to subtract
+        difference: float, # To be found, in AUC or Dice
         target: float = .8, # Power
     ) -> pd.DataFrame: # See `plan_more`
         "More patients or repeats to find a difference between two arms, compared alone."
         return plan_more(self.compare(a, b).parts, difference, self.n_patients, self.n_seeds, self.level, target)
 
     def claim(self,
-        a: str,
-        b: str,
+        a: str, # An arm
+        b: str, # Another
     ) -> int: # +1: a is better, -1: b is, 0: cannot be told
-        "The corrected claim among all pairs."
+        "The corrected claim among all pairs; `JudgeError` where the two are no pair."
         rows = self.pairs[self.pairs.a.isin([a, b]) & self.pairs.b.isin([a, b])]
+        if rows.empty: raise JudgeError(f'{a!r} and {b!r} are no pair here: choose two of {list(self.table.index)}')
         return int(rows.claim.iloc[0])*(1 if rows.a.iloc[0] == a else -1)
 
     def against(self,
         reference: str, # One of `references`
     ) -> pd.DataFrame:  # Index arm: difference, low, high, p, p_adjusted, claim, sign_flip, wilcoxon, (delong), each with _adjusted
-        "All other arms against a reference."
+        "All other arms against a reference; `JudgeError` if there is no such one."
         if reference not in self.references: raise JudgeError(f'{reference!r} is no reference here: there are {list(self.references)}')
         columns = [c for c in self.table if c.endswith(f'_{reference}')]
         return self.table[columns].rename(columns=lambda c: c.removesuffix(f'_{reference}')).drop(self.references[reference]).astype(dict(claim=int))
@@ -445,14 +473,14 @@ class Judgement:
         return f'{self.table.to_html(float_format="{:.3f}".format)}<p>Intervals cover {CLAIM if self.n_seeds > 1 else TRAINED_ONLY}.</p>{said}'
 
 def judge(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     level: float = .95,                        # Of intervals and claims
     correction: str = 'bh',                    # 'bh' or 'holm', over all pairs
     references: Sequence[str] = ('full', 'scratch'), # Recipes, or names of arms
     n: int = 2000,                             # Sets of patients drawn, for an AUC
     seed: int = 0,                             # Of these draws
 ) -> Judgement:
-    "Compare all arms, over repeats and patients."
+    "Compare all arms, over repeats and patients; `JudgeError` if no arm has all its runs, or too few patients were tested."
     if not results.arms: raise JudgeError('no arm has all its runs, so there is nothing to judge: see `failures`, and run again')
     adjust([], correction)
     estimates, there = estimate(results, n, seed), _references(results, references) if len(results.arms) > 1 else {}
@@ -469,14 +497,20 @@ def judge(
 class NullCheck:
     "Claims in studies without a difference."
     p: np.ndarray   # (studies,) two-level p-values
-    level: float
-    n_seeds: int
-    n_patients: int
+    level: float    # Of the claims
+    n_seeds: int    # Repeats of each study
+    n_patients: int # Of each study
 
     @property
-    def studies(self) -> int: return len(self.p)
+    def studies(self) -> int:
+        "How many studies were simulated."
+        return len(self.p)
+
     @property
-    def claims(self) -> int: return int((self.p <= 1 - self.level).sum()) if self.n_seeds > 1 else 0
+    def claims(self) -> int:
+        "How many of them claim a difference: false alarms; with one repeat nothing is claimed."
+        return int((self.p <= 1 - self.level).sum()) if self.n_seeds > 1 else 0
+
     def __str__(self): return f'{self.claims} of {self.studies} studies of {self.n_seeds} repeats x {self.n_patients} patients claim a difference that is not there'
 
 def _again(values, n_seeds, rng) -> np.ndarray:
@@ -496,16 +530,16 @@ def _twice(results, arm, n_seeds, n_patients, rng) -> Results:
                    outputs={a: expit(x) for a, x in logits.items()}, scores=scores, costs=pd.DataFrame(0., pair, list(results.costs)), seeds=())
 
 def simulate_null(
-    results: Results,
+    results: Results, # From `gather` or `load_results`, two repeats or more
     arm: str | None = None,         # Whose predictions; default the first
-    studies: int = 200,
+    studies: int = 200, # To simulate
     n_seeds: int | None = None,     # Of a study; default as many as there are
     n_patients: int | None = None,  # Of a study; default as many as there are
-    level: float = .95,
+    level: float = .95, # Of the claims
     n: int = 300,                   # Sets of patients drawn per study, for an AUC
-    seed: int = 0,
+    seed: int = 0, # Of studies and draws
 ) -> NullCheck:
-    "The same strategy twice with other seeds, judged: claims are false alarms."
+    "The same strategy twice with other seeds, judged: claims are false alarms. `JudgeError` for one repeat, or too few patients of a class."
     if results.n_seeds < 2: raise JudgeError('one repeat shows nothing of how repeats vary: run at least two')
     arm, rng, p = arm or results.arms[0], np.random.default_rng(seed), []
     n_seeds, n_patients = n_seeds or results.n_seeds, n_patients or len(np.unique(results.patients[_tested(results)]))
@@ -553,11 +587,11 @@ _ON = ', as far as repeats on these test patients tell' # no interval here knows
 
 def crossing(
     curves: pd.DataFrame,       # `results.curves`: arm, portion, n_patients, seed, score
-    arm: str,
+    arm: str, # With a learning curve
     reference: str = 'scratch', # Arm
     level: float = .95,         # Of the intervals
 ) -> Crossing:
-    "The point on the learning curve where an arm stops being better than a reference."
+    "The point on the learning curve where an arm stops being better than a reference; `JudgeError` if either has no curve."
     missing = {arm, reference} - set(curves.arm)
     if missing: raise JudgeError(f'no learning curve of {sorted(missing)}: there are those of {sorted(set(curves.arm))}')
     t = _differences(curves, arm, reference, level)

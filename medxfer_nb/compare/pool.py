@@ -25,7 +25,7 @@ from ..data.slices import Slices, resize_slices, window_to_unit
 # %% ../../nbs/api/compare/00b_pool.ipynb #535d5e5d
 @dataclass(frozen=True, eq=False, repr=False)
 class Pool:
-    "`N` items of `V` cases as arrays of one size; no identifiers"
+    "`N` items of `V` cases as arrays of one size; no identifiers; `TableError` if their numbers do not fit"
     kind:str # 'films', 'slices' or 'volumes'
     data:Cases|Slices|Brains # The items: (N,S,S) uint8; (N,S,S) float16 with masks; (N,M,S,S,S) float16 with labels
     cases:np.ndarray # (N,) int64: case of each item, ascending
@@ -59,13 +59,19 @@ class Pool:
         return self.data.pixels.shape[-1] if self.kind == 'films' else self.data.size if self.kind == 'slices' else self.data.shape[-1]
 
     @property
-    def task(self) -> str: return 'classification' if self.kind == 'films' else 'segmentation'
+    def task(self) -> str:
+        "'classification' of films, 'segmentation' of slices and volumes"
+        return 'classification' if self.kind == 'films' else 'segmentation'
 
     @property
-    def channels(self) -> int: return len(self.data.modalities) if self.kind == 'volumes' else 1
+    def channels(self) -> int:
+        "M: contrasts of a volume; 1 for films and slices"
+        return len(self.data.modalities) if self.kind == 'volumes' else 1
 
     @property
-    def n_patients(self) -> int: return len(np.unique(self.patients))
+    def n_patients(self) -> int:
+        "How many patients the cases are of"
+        return len(np.unique(self.patients))
 
     @property
     def unit(self) -> str: # 'mm' or 'px'
@@ -110,7 +116,7 @@ class Pool:
         return h.hexdigest()
 
     def save(self,
-        folder:Path
+        folder:Path # Of this pool alone; made if missing
     ) -> Path: # `folder`
         "Write the pool; what another pool left in the folder is replaced"
         return _save_pool(self, Path(folder))
@@ -294,7 +300,7 @@ def preprocess_image(
     path:Path, # PNG, JPEG or DICOM image
     preprocessing:dict # `Pool.preprocessing`
 ) -> np.ndarray: # (S,S): uint8 for films, float16 in [0,1] for slices
-    "A new image, as `prepare` would have it"
+    "A new image, as `prepare` would have it; `TableError` if the pool was made of volumes, `CaseError` if the file cannot be used"
     if preprocessing['medium'] != 'image' or medium(path) != 'image': raise TableError(f"{path}: an image is not what these cases are ({preprocessing['medium']}): use preprocess_volume")
     return _prepare_file(path, preprocessing)[0][0]
 
@@ -302,7 +308,7 @@ def preprocess_volume(
     path:Path, # NIfTI file or folder of a DICOM series
     preprocessing:dict # `Pool.preprocessing`
 ) -> tuple: # (M,S,S,S) for volumes, (Z,S,S) for slices, float16 in [0,1]; `Grid` to go back to the file
-    "A new volume, as `prepare` would have it"
+    "A new volume, as `prepare` would have it; `TableError` if the pool was made of images, `CaseError` if the file cannot be used"
     if preprocessing['medium'] == 'image' or medium(path) == 'image': raise TableError(f"{path}: a volume is not what these cases are ({preprocessing['medium']}): use preprocess_image")
     items, raw = _prepare_file(path, preprocessing)
     return (items[0] if preprocessing['kind'] == 'volumes' else items), raw.grid
@@ -314,7 +320,7 @@ def pool_of(
     labels:tuple, # Its labels
     regions:dict = None # Its regions
 ) -> tuple: # `Pool` of one case, nothing known of it; `RawCase` with the file's own size and grid
-    "A new file, ready for a network"
+    "A new file, ready for a network; `TableError` if it is an image and the network is for volumes, or the reverse"
     how, labels = preprocessing, tuple(labels)
     if (medium(path) == 'image') != (how['medium'] == 'image'):
         raise TableError(f"{path}: the network was trained on {'images' if how['medium'] == 'image' else 'volumes'}: give one")

@@ -21,7 +21,7 @@ from .results import Results, ResultsError, per_patient
 # %% ../../nbs/api/compare/08b_power.ipynb #79c20dab
 @dataclass(frozen=True)
 class Parts:
-    "Variances of a score, or of a difference of scores, of one patient in one repeat."
+    "Variances of a score, or of a difference of scores, of one patient in one repeat; `ValueError` if one is negative or infinite."
     seed: float         # Between repeats: other initialisation, data order and folds
     patient: float      # Between patients, the same in every repeat
     rest: float         # Of this patient in this repeat
@@ -33,8 +33,8 @@ class Parts:
         if wrong or not 0 < self.share <= 1: raise ValueError(f'variances must be finite and not negative, share above 0 and at most 1: {self}')
 
     def sd(self,
-        n_seeds: int,
-        n_patients: int,
+        n_seeds: int, # Repeats
+        n_patients: int, # Patients, the same in every repeat
     ) -> float: # of the mean over repeats and patients
         "Standard deviation of the mean."
         return (self.seed/n_seeds + self.patient/n_patients + self.rest/(n_seeds*n_patients))**.5
@@ -50,7 +50,7 @@ def _grid(values) -> np.ndarray:
 def anova_parts(
     values: np.ndarray, # (S, P) scores, or differences of scores
 ) -> Parts:
-    "Variance parts from mean squares."
+    "Variance parts from mean squares; `ValueError` for fewer than 2 x 2 scores, or missing ones."
     d = _grid(values)
     (s, p), rows, columns = d.shape, d.mean(1), d.mean(0)
     rest = ((d - rows[:, None] - columns + d.mean())**2).sum()/((s - 1)*(p - 1))
@@ -85,17 +85,17 @@ def mixed_parts(
 
 # %% ../../nbs/api/compare/08b_power.ipynb #0c47660f
 def patient_values(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     arm: str,    # One of `results.arms`
 ) -> np.ndarray: # (S, P'): Dice, or minus the log loss; patients who were tested in every repeat
-    "What the tests per patient compare: more is better."
+    "What the tests per patient compare: more is better; `ResultsError` if fewer than two were tested in every repeat."
     values = per_patient(results, arm, 'dice') if results.metric == 'dice' else -per_patient(results, arm, 'log_loss')
     there = np.isfinite(values).all(0)
     if there.sum() < 2: raise ResultsError(f'{int(there.sum())} patients were tested in every repeat: at least two are needed')
     return values[:, there]
 
 def variance_parts(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     arm: str,                     # One of `results.arms`
     reference: str | None = None, # Arm to subtract; None: the scores themselves
 ) -> Parts:
@@ -122,12 +122,12 @@ def _half_widths(parts, n_patients, n_seeds, level) -> np.ndarray:
 def power(
     parts: Parts,           # Of the difference, e.g. `judgement.compare(a, b).parts`
     difference: float,      # True difference
-    n_patients: int,
+    n_patients: int, # Patients of the study
     n_seeds: int,           # Repeats
     level: float = .95,     # Of the claim
     comparisons: int = 1,   # Size of the family it must survive
 ) -> float:
-    "Probability that such a study claims this difference, with the right sign."
+    "Probability that such a study claims this difference, with the right sign; 0 with one repeat. `ValueError` below two patients or one repeat."
     if n_patients < 2 or n_seeds < 1 or comparisons < 1: raise ValueError(f'a study has at least 2 patients, 1 repeat and 1 comparison, got {n_patients}, {n_seeds} and {comparisons}')
     sd = parts.sd(n_seeds, n_patients)
     if n_seeds == 1: return 0.
@@ -137,12 +137,12 @@ def power(
 
 # %% ../../nbs/api/compare/08b_power.ipynb #f676723c
 def detectable(
-    parts: Parts,
-    n_patients: int,
-    n_seeds: int,
-    level: float = .95,
+    parts: Parts, # Of the difference
+    n_patients: int, # Patients of the study
+    n_seeds: int, # Repeats
+    level: float = .95, # Of the claim
     target: float = .8,     # Power
-    comparisons: int = 1,
+    comparisons: int = 1, # Size of the family it must survive
 ) -> float:                 # infinite with one repeat
     "Smallest difference found with the power `target`."
     if n_seeds == 1: return np.inf
@@ -171,11 +171,11 @@ def plan_more(
     difference: float,      # To be found, d
     n_patients: int,        # Patients there are
     n_seeds: int,           # Repeats there are
-    level: float = .95,
+    level: float = .95, # Of the claim
     target: float = .8,     # Power
-    comparisons: int = 1,
+    comparisons: int = 1, # Size of the family it must survive
 ) -> pd.DataFrame:          # Index way; columns n_seeds, n_patients, more_seeds, more_patients, power, note
-    "What it takes to find a difference: more repeats, more patients, or both."
+    "What it takes to find a difference: more repeats, more patients, or both; `ValueError` for a difference of zero."
     if not difference: raise ValueError('a difference of zero is never found: name the smallest one that would matter')
     reach = lambda p, s: power(parts, difference, p, s, level, comparisons)
     seeds = _least(lambda s: reach(n_patients, s) >= target, n_seeds, max(MOST_SEEDS, n_seeds))

@@ -64,7 +64,7 @@ def logistic_head(
     n_outputs: int, # C
     decay: float = 1., # Of the weights, for standardised features
 ) -> tuple[Tensor, Tensor]: # Weight (C, F) and bias (C,) for the features as they are, float32
-    "The logistic regression that minimises loss + decay / 2 |W|^2."
+    "The logistic regression that minimises loss + decay / 2 |W|^2. W is that of standardised features; solved in float64 by L-BFGS."
     z, mean = features.double(), features.double().mean(0)
     std = z.std(0, correction=0)
     std = torch.where(std > 1e-6*std.max(), std, 1.) # a constant feature says nothing: after centring it is 0
@@ -82,8 +82,12 @@ def logistic_head(
     return weight.float(), (b.detach() - weight @ mean).float()
 
 # %% ../../nbs/api/compare/04_recipes.ipynb #9252fb23
-def fit_head(trial: Trial, net: nn.Module, decay: float):
-    "Put the logistic regression on the network's own features into its head."
+def fit_head(
+    trial: Trial, # Of films
+    net: nn.Module, # Ends in a linear layer; changed in place
+    decay: float, # Of the weights of the head, see `logistic_head`
+):
+    "Put the logistic regression on the network's own features into its head; `RecipeError` if that is not linear."
     items = trial.pool.training_items(trial.train_rows) # a case of twice the weight is there twice
     rows, index = np.unique(np.asarray(trial.pool.cases)[items], return_inverse=True)
     z, targets = trial.features(net, rows)
@@ -138,8 +142,11 @@ def gradual(trial: Trial) -> TrialResult:
 _LI = 'Li, Grandvalet, Davoine: Explicit Inductive Bias for Transfer Learning with Convolutional Networks. ICML 2018'
 _LAMBDAS = candidates(lr=(1e-3, 1e-3, 3e-4), lam=(.1, 1., .1))
 
-def fit_l2sp(trial: Trial, form: str) -> TrialResult:
-    "Fine-tune with the penalty in one of its forms."
+def fit_l2sp(
+    trial: Trial, # Its `hyper` has lr and lam: the lambda of the penalty
+    form: str, # 'grad', 'proximal' or 'loss', see `L2SP`
+) -> TrialResult:
+    "Fine-tune with the penalty of the L2-SP paper (Section II, Eq. 2) in one of its forms."
     net, lam = trial.network(trial.sources[0]), trial.hyper['lam']
     given, params = trial.task.body_state(net, trial.sources[0]), dict(net.named_parameters())
     anchor = {name: params[name].detach().clone() for name in trial.task.body_names(net) if name in given}
@@ -192,15 +199,20 @@ class Kin:
     fishers: list[dict[str, Tensor]] | None # Of each; None where any brings none
 
 def kin(trial: Trial) -> Kin:
-    "Match the sources of a trial to its network."
+    "Match the sources of a trial to its network; `SourceError` if one does not fit."
     net = trial.network(trial.sources[0])
     states = [trial.task.body_state(net, s) for s in trial.sources]
     names = [name for name in trial.task.body_names(net) if all(name in state for state in states)]
     fishers = [trial.task.body_fisher(net, s) for s in trial.sources]
     return Kin(net, states, names, None if any(f is None for f in fishers) else fishers)
 
-def fit_merged(trial: Trial, k: Kin, merged: dict[str, Tensor], fisher: bool) -> TrialResult:
-    "Fine-tune from a merged body."
+def fit_merged(
+    trial: Trial, # Its `hyper` has lr
+    k: Kin, # From `kin`
+    merged: dict[str, Tensor], # Parameter -> its merged value
+    fisher: bool, # Was Fisher information used? For the notes
+) -> TrialResult:
+    "Put a merged body into the network and train everything (T-IMM paper, Section 3.2)."
     trial.refresh_norms(load_merged(k.net, merged))
     trial.fit(k.net, lr=trial.hyper['lr'])
     return trial.result(k.net, fisher=float(fisher))
@@ -229,8 +241,12 @@ def soup(trial: Trial) -> TrialResult:
     return fit_merged(trial, k, mean_imm(k.states, names=k.names), fisher=False)
 
 # %% ../../nbs/api/compare/04_recipes.ipynb #3efd9af1
-def adapt(trial: Trial, k: Kin, steps: int) -> dict[str, Tensor]: # Unit -> ratios (T,)
-    "The first phase of T-IMM; the network's body is then the merge that it found."
+def adapt(
+    trial: Trial, # Its `hyper` has lr, and ratio_lr of the mixing ratios
+    k: Kin, # From `kin`
+    steps: int, # Of this stage; all are taken, where the paper stops at convergence
+) -> dict[str, Tensor]: # Unit -> ratios (T,)
+    "The adaption stage of T-IMM (Section 3.3, Eq. 3); the network's body is then the merge that it found."
     merge = AdaptiveMerge(k.net, k.states, k.fishers, scale='tensor', names=k.names)
     steps, checkpoint, tell = trial.begin_phase(steps)
     learn, lr = trial.learner(k.net), trial.hyper['lr']
@@ -254,8 +270,11 @@ def timm(trial: Trial) -> TrialResult:
 # %% ../../nbs/api/compare/04_recipes.ipynb #958213ba
 _MORRA = 'Morra, Piano, Lamberti, Tommasi: Bridging the gap between Natural and Medical Images through Deep Colorization. ICPR 2020'
 
-def fit_colour(trial: Trial, module: str) -> TrialResult:
-    "Module and head first, then all with a fresh head; half of the steps each."
+def fit_colour(
+    trial: Trial, # Of films or slices; its `hyper` has lr
+    module: str, # One of `COLORIZERS`
+) -> TrialResult:
+    "Module and head first, then all with a fresh head (colorization paper, Section III.A, Eq. 1 and 2); half of the steps each."
     net = trial.network(trial.sources[0], T=module)
     body = trial.task.body_modules(net)
     held = {id(t) for part in (*body, net.T) for t in part.state_dict(keep_vars=True).values()}
@@ -302,10 +321,13 @@ class Arm:
     sources: tuple[str, ...] = () # Names
 
     @property
-    def name(self) -> str: return self.recipe + (f'@{"+".join(self.sources)}' if self.sources else '')
+    def name(self) -> str: # Such as 'full@lite0'
+        "Recipe and sources, as tables and files write them."
+        return self.recipe + (f'@{"+".join(self.sources)}' if self.sources else '')
 
     @property
-    def title(self) -> str:
+    def title(self) -> str: # Such as 'Full fine-tuning from lite0'
+        "Recipe and sources in words."
         title = get_recipe(self.recipe).title
         return f'{title} from {" and ".join(self.sources)}' if self.sources else title
 

@@ -35,15 +35,15 @@ def _range(c: Compared, sign=True) -> str:
 
 # %% ../../nbs/api/compare/09_recommend.ipynb #ff0bdd93
 def tied_with_best(
-    judgement: Judgement,
+    judgement: Judgement, # From `judge`
 ) -> tuple[str, ...]: # the best-placed arm first, then by falling score
     "Arms that cannot be told apart from the best-placed one."
     best, order = judgement.best, judgement.table['mean'].sort_values(ascending=False, kind='stable').index
     return (best, *(a for a in order if a != best and judgement.claim(best, a) <= 0))
 
 def cheapest(
-    results: Results,
-    arms: Sequence[str],
+    results: Results, # Their costs count
+    arms: Sequence[str], # To choose among
 ) -> tuple[str, ...]: # in the given order; all if no time is known
     "Arms whose training costs least time, those within a tenth of it included: a timing says no more."
     seconds = results.costs.seconds.reindex(list(arms)).astype(float)
@@ -154,6 +154,7 @@ class Recommendation:
 
     @property
     def text(self) -> str:
+        "All of it in one paragraph: headline, reasons, warnings, and what would change it."
         return ' '.join((self.headline, *self.why, *self.warnings, *self.changes))
     @property
     def _parts(self) -> dict: return {'Why': self.why, 'Beware': self.warnings, 'What would change it': self.changes}
@@ -166,8 +167,8 @@ class Recommendation:
         return f'<p><b>{escape(self.headline)}</b></p>' + ''.join(part(title, lines) for title, lines in self._parts.items())
 
 def recommend(
-    results: Results,
-    judgement: Judgement,
+    results: Results, # From `gather` or `load_results`
+    judgement: Judgement, # From `judge`, of these results
     worth: float = .02,     # Smallest difference in AUC or Dice that would matter, for planning
 ) -> Recommendation:
     "The answer, in plain words."

@@ -58,7 +58,9 @@ class Picture:
     kind = 'picture'
 
     @property
-    def data(self) -> bytes: return base64.b64decode(self.uri.partition(',')[2])
+    def data(self) -> bytes:
+        "The image file behind the URI."
+        return base64.b64decode(self.uri.partition(',')[2])
 
 @dataclass(frozen=True)
 class Folded:
@@ -78,8 +80,8 @@ class Part:
 # %% ../../nbs/api/compare/10b_report.ipynb #967cb1ac
 def number(
     value, # None or NaN: a dash
-    digits: int = 3,
-    signed: bool = False,
+    digits: int = 3, # behind the decimal point
+    signed: bool = False, # with a sign in any case
 ) -> str:
     "A number as it is printed, with a true minus sign."
     if value is None or value != value: return '–'
@@ -104,7 +106,7 @@ _SCALE = 125 # px per inch of a figure, whose letters are made for print
 
 def picture(
     fig: plt.Figure, # closed afterwards
-    caption: str = '',
+    caption: str = '', # below the figure
     form: str = 'svg', # 'svg'; 'png' for photographs
 ) -> Picture:
     "A figure that needs no file."
@@ -126,23 +128,42 @@ class Contents:
     masks: Callable | None = None # (arm, cases) -> {case: predicted mask}, for the gallery of a segmentation
 
     @property
-    def unit(self) -> str: # of distances; without a spacing there are no volumes, and distances are in pixels
+    def unit(self) -> str: # 'mm' or 'pixels'
+        "Of distances; without a spacing there are no volumes, and distances are in pixels."
         unit = getattr(self.pool, 'unit', '') or ('mm' if 'volume_bias' in self.judgement.table else 'px')
         return 'mm' if unit == 'mm' else 'pixels'
+
     @property
-    def measure(self) -> str: return MEASURES[self.results.metric]
+    def measure(self) -> str: # 'AUC' or 'Dice'
+        "What the strategies are judged by, as it is printed."
+        return MEASURES[self.results.metric]
+
     @property
-    def ranked(self) -> list: return list(self.judgement.table['mean'].sort_values(ascending=False, kind='stable').index) # arms, the best mean first
+    def ranked(self) -> list: # of arms
+        "All arms, the best mean first."
+        return list(self.judgement.table['mean'].sort_values(ascending=False, kind='stable').index)
+
     @property
-    def folds(self) -> int: return len(set(self.results.folds[self.results.folds >= 0].tolist()))
+    def folds(self) -> int:
+        "Outer folds that were tested; 1: a given split."
+        return len(set(self.results.folds[self.results.folds >= 0].tolist()))
+
     @property
-    def rival(self) -> str: # what the choice is drawn against, patient by patient
+    def rival(self) -> str: # an arm; empty: there is no other
+        "What the choice is drawn against, patient by patient."
         choice, bases = self.recommendation.choice, self.judgement.references
         others = [bases[r] for r in ('full', 'scratch') if r in bases] + self.ranked
         return next((a for a in others if a != choice), '')
 
-    def title(self, arm: str) -> str: return self.results.titles[arm]
-    def reference(self, name: str) -> str: return _noun(self.title(self.judgement.references.get(name, name))) # in words, within a sentence
+    def title(self, arm: str) -> str:
+        "An arm in words."
+        return self.results.titles[arm]
+
+    def reference(self,
+        name: str, # of a reference, or of an arm
+    ) -> str:
+        "A reference in words, as they stand within a sentence."
+        return _noun(self.title(self.judgement.references.get(name, name)))
 
 def _score(row) -> Cell: return Cell(f'{number(row["mean"])} [{number(row.low)}, {number(row.high)}]', float(row['mean']))
 
@@ -343,7 +364,7 @@ def inspection_part(contents: Contents) -> Part | None:
 
 def limits_part(
     contents: Contents,
-    virtual: bool = False,
+    virtual: bool = False, # are the patients virtual?
 ) -> Part:
     "What the page cannot show."
     r, n = contents.results, contents.judgement.n_patients
@@ -400,7 +421,7 @@ def _made(contents: Contents) -> str: # empty if it is not known
 
 def page_parts(
     contents: Contents,
-    virtual: bool = False,
+    virtual: bool = False, # are the patients virtual?
 ) -> list[Part]:
     "The sections of the page in their order, those without content left out."
     parts = [compared_part(contents), patients_part(contents), failures_part(contents), trust_part(contents), data_part(contents), cost_part(contents),
@@ -409,7 +430,7 @@ def page_parts(
 
 def render_comparison(
     contents: Contents,
-    title: str = 'Which transfer strategy for these data?',
+    title: str = 'Which transfer strategy for these data?', # of the page
     virtual: bool = False, # are the patients virtual? Then the page says so
     parts: Sequence[Part] | None = None, # None: `page_parts`
 ) -> str: # HTML
@@ -421,7 +442,7 @@ def render_comparison(
 
 # %% ../../nbs/api/compare/10b_report.ipynb #d78c898b
 def score_rows(
-    results: Results,
+    results: Results, # from `gather` or `load_results`
 ) -> pd.DataFrame: # arm, repeat, fold, row, patient, every score, the probability of every label; one row per tested case, arm and repeat
     "What was measured, one row per tested case."
     found = []
@@ -437,7 +458,7 @@ def score_rows(
 
 def write_tables(
     contents: Contents,
-    folder: Path,
+    folder: Path, # that is there
 ) -> list[Path]: # scores.csv, arms.csv, pairs.csv, costs.csv, and curves.csv if there are any
     "The tables behind the page."
     r, j = contents.results, contents.judgement
@@ -494,7 +515,7 @@ def _without_paths(path: Path) -> str: # empty: nothing went wrong
 def write_notebook(
     contents: Contents,
     folder: Path, # holds `results`
-    progress: Callable | None = None,
+    progress: Callable | None = None, # takes lines; None: silent
 ) -> str: # what went wrong, empty if nothing did
     "Execute the notebook into a folder."
     with TemporaryDirectory() as draft:
@@ -505,7 +526,7 @@ def write_notebook(
 
 # %% ../../nbs/api/compare/10b_report.ipynb #1482f7f3
 def write_comparison(
-    results: Results,
+    results: Results, # from `gather` or `load_results`
     folder: str | Path, # made if missing
     judgement: Judgement | None = None, # None: made here
     recommendation: Recommendation | None = None, # None: made here
@@ -513,7 +534,7 @@ def write_comparison(
     design=None, # `Design`: described if given
     pool=None, # `Pool`: without it there is no gallery
     masks: Callable | None = None, # (arm, cases) -> {case: predicted mask}; without it a gallery shows the true outlines only
-    title: str | None = None,
+    title: str | None = None, # of the page; None: the question it answers
     virtual: bool = False, # are the patients virtual? Then the page says so
     notebook: bool = True, # also write and execute comparison.ipynb
     progress: Callable | None = print, # takes a line; None: silent

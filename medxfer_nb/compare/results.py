@@ -47,7 +47,7 @@ def _empty(columns): return field(default_factory=lambda: pd.DataFrame(columns=l
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    "What a comparison measured: V cases, S repeats, C labels."
+    "What a comparison measured: V cases, S repeats, C labels; `ResultsError` if the shapes do not fit together."
     task: str                # 'classification' or 'segmentation'
     metric: str              # 'auc' or 'dice'
     labels: tuple            # C label or structure names
@@ -58,8 +58,8 @@ class Results:
     targets: np.ndarray | None  # (V, C) 1, 0, NaN; segmentation: None
     folds: np.ndarray        # (S, V) outer fold that tested a case; -1: none did
     outputs: dict            # Arm -> (S, V, C) probabilities, NaN where not tested; segmentation: empty
-    scores: dict             # Arm -> name -> (S, V): log_loss, brier, or dice, hd95 (mm), ml, predicted_ml, dice_<structure>
-    costs: pd.DataFrame      # Index arm; columns `COSTS`: seconds and peak memory of a training with its trials (medians), GMACs of one item, numbers of parameters
+    scores: dict             # Arm -> name -> (S, V): log_loss, brier, or dice, hd95 (mm, or pixels: `Pool.unit`), ml, predicted_ml, dice_<structure>
+    costs: pd.DataFrame      # Index arm; columns `COSTS`: seconds and peak MB of a training with its trials (medians), GMACs of one item, numbers of parameters
     seeds: tuple = ()        # (S,) seed of each repeat
     curves: pd.DataFrame = _empty(CURVES)  # Score of each repeat on a portion of the training patients; portion 1 included
     notes: pd.DataFrame = _empty(NOTES)    # What the inner loop chose, and its validation metric
@@ -74,13 +74,25 @@ class Results:
         _check(self)
 
     @property
-    def n_seeds(self) -> int: return len(self.folds)
+    def n_seeds(self) -> int:
+        "S: repeats of the cross-validation."
+        return len(self.folds)
+
     @property
-    def n_cases(self) -> int: return len(self.patients)
+    def n_cases(self) -> int:
+        "V: cases, tested or not."
+        return len(self.patients)
+
     @property
-    def patient_numbers(self) -> np.ndarray: return np.unique(self.patients)  # (P,) those of the columns of `by_patient`
+    def patient_numbers(self) -> np.ndarray: # (P,) ascending
+        "Numbers of the patients, in the order of the columns of `by_patient`."
+        return np.unique(self.patients)
+
     @property
-    def n_patients(self) -> int: return len(self.patient_numbers)
+    def n_patients(self) -> int:
+        "P: patients, tested or not."
+        return len(self.patient_numbers)
+
     def __repr__(self): return f'Results({self.task}: {len(self.arms)} arms x {self.n_seeds} repeats x {self.n_patients} patients)'
 
 # %% ../../nbs/api/compare/06a_results.ipynb #f379c072
@@ -113,17 +125,17 @@ def by_patient(
     return np.divide(total, n, out=np.full(n.shape, np.nan), where=n > 0)
 
 def per_patient(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     arm: str,      # One of `results.arms`
     name: str,     # One of the scores
 ) -> np.ndarray:   # (S, P) patients in the order of `results.patient_numbers`
-    "A score of each patient in each repeat."
+    "A score of each patient in each repeat; `ResultsError` if there is no such arm or score."
     if arm not in results.arms: raise ResultsError(f"no arm is called {arm!r}; there are {', '.join(results.arms)}")
     if name not in results.scores[arm]: raise ResultsError(f"{arm} has no {name!r}; there are {', '.join(results.scores[arm])}")
     return by_patient(results.scores[arm][name], results.patients)
 
 def repeat_scores(
-    results: Results,
+    results: Results, # From `gather` or `load_results`
     arm: str,      # One of `results.arms`
 ) -> np.ndarray:   # (S,) AUC, mean over labels (those that are defined); or Dice, mean over the patients that were tested
     "The score of each repeat."
@@ -170,7 +182,7 @@ def _read(folder: Path) -> Results:
 def load_results(
     folder: str | Path,    # Of `Results.save`
 ) -> Results:
-    "Results as they were saved."
+    "Results as they were saved; `ResultsError` if they cannot be read."
     try: return _read(Path(folder))
     except Exception as e: # JSON, zipfile, zlib and NumPy raise many types for damaged files, and other files hold anything
         raise ResultsError(f'{folder} holds no results that can be read ({type(e).__name__}): run the comparison again, its runs are kept') from None

@@ -69,7 +69,9 @@ class CompareRun(RunConfig):
         if wrong := [s for s in self.sources if len(s.split(' ')) != 2]: raise ConfigError(f"sources are written 'name identity', not {wrong[0]!r}")
 
     @property
-    def source_names(self) -> tuple: return tuple(s.split(' ')[0] for s in self.sources)
+    def source_names(self) -> tuple: # of str
+        "Names of the sources, without their identities"
+        return tuple(s.split(' ')[0] for s in self.sources)
 
     @property
     def name(self) -> str:
@@ -99,7 +101,7 @@ def _pool(folder: Path, mtime_ns: int) -> Pool:
 def read_pool(
     data_root: str | Path | None,    # Folder of the study
 ) -> Pool:                           # Memory-mapped
-    "The cases of a study."
+    "The cases of a study; `ConfigError` if the folder holds none."
     if data_root is None: raise ConfigError('runs of a comparison need their study: give its folder as data_root')
     folder = Path(data_root)/_POOL
     if not (folder/'pool.json').is_file(): raise ConfigError(f'{data_root} holds no study: make it with write_study(folder, pool, sources)')
@@ -119,10 +121,10 @@ def write_study(
     return folder
 
 def named_sources(
-    run: CompareRun,
+    run: CompareRun, # Planned with these sources
     data_root: str | Path,       # Folder of the study
 ) -> tuple[Source, ...]:         # In the order of the run
-    "The sources of a run, from the list of the study."
+    "The sources of a run, from the list of the study; `ConfigError` if one is missing, or is another file by now."
     there = {f'{s.name} {s.identity}': s for s in read_sources(Path(data_root)/_SOURCES)}
     if missing := [s.split(' ')[0] for s in run.sources if s not in there]:
         raise ConfigError(f"{run.label}: {', '.join(missing)} is not among the sources of the study, or was another file when the run was planned: plan again")
@@ -157,7 +159,7 @@ class Division:
     test: np.ndarray     # The outer fold; empty where all patients train
 
 def divide(
-    run: CompareRun,
+    run: CompareRun, # Its folds, fold, portion and seed count
     pool: Pool,          # With the labels that the run sees
 ) -> Division:
     "The outer fold, and the inner split of the others."
@@ -177,7 +179,7 @@ def relabelled(
     return replace(pool, data=replace(pool.data, frame=pool.data.frame.assign(**columns)))
 
 def blinded(
-    pool: Pool,
+    pool: Pool, # The cases of a study
     rows: np.ndarray,    # Case rows
 ) -> Pool:               # The same without their labels: NaN, or an empty mask
     "A pool that does not know the labels of some cases."
@@ -215,7 +217,9 @@ class Work:
     division: Division
 
     @cached_property
-    def blind(self) -> Pool: return blinded(self.pool, self.division.test) # What a recipe sees
+    def blind(self) -> Pool:
+        "What a recipe sees: the cases without the labels of those that are tested"
+        return blinded(self.pool, self.division.test)
 
 def _recipe(run) -> Recipe:
     "The recipe of a run, as it was when the run was planned"
@@ -226,10 +230,10 @@ def _recipe(run) -> Recipe:
 def _task(run, pool) -> Task: return task_for(pool, run.architecture, precision=run.precision, cache=cache_dir()/'precision.json')
 
 def work_of(
-    run: CompareRun,
+    run: CompareRun, # To be trained
     data_root: str | Path,    # Folder of the study
 ) -> Work:
-    "Read what a run needs."
+    "Read what a run needs; `ConfigError` if study or recipe are not those that it was planned for."
     pool = read_pool(data_root)
     if pool.kind != run.kind: raise ConfigError(f'{run.label}: planned for {run.kind}, but the study holds {pool.kind}')
     if run.permuted: pool = permuted(pool, run.seed)
@@ -237,7 +241,7 @@ def work_of(
 
 # %% ../../nbs/api/compare/06_runs.ipynb #f803dda1
 def rebuilt(
-    task: Task,
+    task: Task, # That it was trained for
     weights: dict[str, Tensor],    # Of a whole network
     module: str = 'none',          # Its colour module
 ) -> nn.Module:                    # In evaluation mode, float32
@@ -245,9 +249,9 @@ def rebuilt(
     return load_strict(task.network(None, 0, T=module), weights).to(default_device()).eval()
 
 def inner_score(
-    task: Task,
-    net: nn.Module,
-    pool: Pool,
+    task: Task, # That the network was trained for
+    net: nn.Module, # From `rebuilt`
+    pool: Pool, # With the labels of these rows
     rows: np.ndarray,              # Case rows of the inner validation
 ) -> tuple[float, float]:          # AUC (NaN: undefined) and minus the log loss; or Dice and 0
     "How well a candidate does, and what decides between equals."
@@ -265,9 +269,9 @@ class Tried:
     inner: float = np.nan              # Score on the inner validation patients; NaN: undefined
     tie: float = -np.inf               # Decides between equals, higher is better
     error: str = ''                    # Why there is no network: its training diverged
-    seconds: float = 0.
-    steps: int = 0
-    trained_parameters: int = 0
+    seconds: float = 0.                # Training and validation
+    steps: int = 0                     # Optimiser steps, all phases
+    trained_parameters: int = 0        # Numbers that were trained in any phase
     module: str = 'none'               # Colour module
     history: list = field(default_factory=list)
     facts: dict = field(default_factory=dict)    # Name -> number that the recipe noted
@@ -301,7 +305,7 @@ def _module(net: nn.Module, run: CompareRun) -> str:
     return made['T']
 
 def attempt(
-    work: Work,
+    work: Work, # From `work_of`
     hyper: dict,              # A candidate
     folder: Path,             # For the checkpoints of its training
     progress: Callable,       # Told the fraction done
@@ -321,9 +325,9 @@ def attempt(
     return Tried(hyper, inner, tie, '', time.perf_counter() - start, result.steps, result.trained_parameters, module, list(result.history), facts, arrays, weights)
 
 def best_of(
-    tried: Sequence[Tried],
+    tried: Sequence[Tried], # All candidates of a run
 ) -> int:    # Position
-    "The candidate with the best inner score, the first of equals."
+    "The candidate with the best inner score, the first of equals; `TrainingDiverged` if all of them diverged."
     if all(t.error for t in tried): raise TrainingDiverged(f'none of {len(tried)} candidates trained: {tried[0].error}', 0, np.nan)
     return max(range(len(tried)), key=lambda i: (not tried[i].error, tried[i].inner if np.isfinite(tried[i].inner) else -np.inf, tried[i].tie, -i))
 
@@ -333,7 +337,7 @@ def _text(hyper: dict) -> str: return ', '.join(f'{k} {v:g}' if isinstance(v, (i
 def _place(folder: Path, i: int) -> Path: return folder/f'candidate{i}.safetensors'
 
 def explore(
-    work: Work,
+    work: Work, # From `work_of`
     folder: Path,           # Of the run
     progress: Callable,     # progress(fraction, note)
 ) -> list[Tried]:           # Without their weights, which are in the files
@@ -348,7 +352,7 @@ def explore(
     return tried
 
 def tested(
-    work: Work,
+    work: Work, # From `work_of`
     net: nn.Module,    # The chosen one
 ) -> dict:             # rows, score_<name>; films: outputs. Empty where all patients train
     "The outer fold, predicted and scored: the only place where it is."
@@ -371,7 +375,7 @@ def forget_peaks() -> None:
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
 
 def train(
-    run: CompareRun,
+    run: CompareRun, # To be trained
     context: Context,    # `data_root` is the folder of the study
 ) -> Result:             # The chosen network; what it says about the outer fold; the history of all candidates
     "Tune one arm on the training patients of one outer fold, and test it there."
@@ -435,7 +439,7 @@ def masks_of(
 
 # %% ../../nbs/api/compare/06_runs.ipynb #057ac80d
 def runs_for(
-    design: Design,
+    design: Design, # From `choose_design` or `fixed_design`
     arms: Iterable[Arm],           # See `arms_for`; those that are not in the design are left away
     sources: Sequence[Source],     # All sources of the arms
     architecture: str,             # Of the arms without a source; the others have that of their sources
@@ -453,7 +457,7 @@ def runs_for(
     return whole + [run(name, seed, fold, p) for seed, p, fold, name in product(design.seeds, sorted(design.portions, reverse=True), range(design.folds), design.portion_arms)]
 
 def run_all(
-    runs: Iterable[CompareRun],
+    runs: Iterable[CompareRun], # From `runs_for`, `final_run`
     store: Store | str | Path,            # Where results are kept
     data_root: str | Path,                # Folder of the study
     jobs: int = 1,                        # Runs at once
@@ -557,11 +561,11 @@ def _complete(whole, names, failed) -> list: # Seeds
 def gather(
     runs: Runs,                     # From `run_all`; runs with permuted labels and on all patients are passed over
     pool: Pool,                     # The cases of the study
-    design: Design,
+    design: Design, # That the runs were made for
     arms: Iterable[Arm] = (),       # For their titles
     left_out: dict | None = None,   # Title -> why, from `arms_for`
 ) -> Results:
-    "What the runs of a comparison measured, arm by arm and case by case."
+    "What the runs of a comparison measured, arm by arm and case by case; `ResultsError` if no repeat is complete."
     scored = [r for r in runs if not r.config.permuted and r.config.fold >= 0]
     whole, titles = _whole([r for r in scored if r.config.portion == 1], design.folds), {a.name: a.title for a in arms}
     seeds = _complete(whole, design.arms, _left(runs.failures, {}, (), ()))
@@ -583,7 +587,7 @@ def chance(
     runs: Iterable[Record],    # Of runs with `permuted=True`
     pool: Pool,                # The cases of the study, with their true labels
 ) -> pd.DataFrame:             # Columns arm, seed, auc
-    "AUC on the outer folds of networks that were trained and tested on permuted labels."
+    "AUC on the outer folds of networks that were trained and tested on permuted labels; `ResultsError` if none was."
     records, rows = [r for r in runs if r.config.permuted], []
     if not records: raise ResultsError('none of these runs has permuted labels: train some with permuted=True')
     for arm, seeds in _whole(records, records[0].config.folds).items():

@@ -42,7 +42,7 @@ def pooled_dice(
     predicted: np.ndarray, # (N, L, ...) bool
     truth: np.ndarray, # (N, L, ...) bool
 ) -> float: # In [0, 1]
-    "Dice over all cases together, the mean over the structures that are there."
+    "Dice over all cases together, the mean over the structures that are there (over all of them if none is)."
     there = [c for c in range(truth.shape[1]) if truth[:, c].any()] or range(truth.shape[1])
     return float(np.mean([overlap(predicted[:, c], truth[:, c], True).dice for c in there]))
 
@@ -50,9 +50,9 @@ def pooled_dice(
 def hd95(
     predicted: np.ndarray, # (Z, Y, X) bool
     truth: np.ndarray, # (Z, Y, X) bool
-    steps: Sequence[float], # (z, y, x) from voxel to voxel, mm
+    steps: Sequence[float], # (z, y, x) from voxel to voxel, in mm or in pixels
 ) -> float: # In the unit of `steps`; NaN where one of the masks is empty
-    "95th percentile of the distance between two surfaces."
+    "95th percentile of the distance between two surfaces; of one slice (Z = 1), between two outlines."
     if not (predicted.any() and truth.any()): return float('nan')
     if len(truth) == 1: predicted, truth, steps = predicted[0], truth[0], steps[1:]
     from monai.metrics import compute_hausdorff_distance # here, because MONAI takes seconds to import
@@ -64,10 +64,10 @@ def mask_scores(
     predicted: np.ndarray, # (L, Z, Y, X) bool
     truth: np.ndarray, # (L, Z, Y, X) bool
     names: Iterable[str], # Of the L structures
-    steps: Sequence[float], # (z, y, x) from voxel to voxel, for distances
+    steps: Sequence[float], # (z, y, x) from voxel to voxel, for distances; mm or pixels, see `Pool.steps`
     spacing: Sequence[float], # The same in mm, for volumes; NaN where it is not known
 ) -> dict[str, float]: # dice_<name> and their mean dice; hd95, the mean over structures that are there or predicted, NaN if one was missed or invented; ml and predicted_ml of all structures together
-    "Scores of one case; 1 where a structure is neither there nor predicted."
+    "Scores of one case: distances in the unit of `steps`, volumes in ml; the Dice of a structure that is neither there nor predicted is 1."
     dice = {f'dice_{name}': overlap(p, t, True).dice for name, p, t in zip(names, predicted, truth, strict=True)}
     distances = [hd95(p, t, steps) for p, t in zip(predicted, truth) if p.any() or t.any()]
     ml = float(np.prod(spacing))/1000

@@ -65,7 +65,7 @@ _BESIDE = ('fisher.', 'adapted.') # Tensors that stand beside the weights of a n
 def read_state(
     path: Path, # .safetensors, .pth or .pt
 ) -> dict[str, Tensor]: # Names as in the file; floating ones float32
-    "All tensors of a file."
+    "All tensors of a file; `SourceError` if it cannot be read, or holds none."
     try: state = read_weights(path)
     except (SafetensorError, ValueError, RuntimeError, EOFError, OSError) as e: raise SourceError(f'cannot read weights from {path}: {e}') from e
     except AttributeError as e: raise SourceError(f'{path} holds no state dict: save `net.state_dict()` there') from e # a list, or a single tensor
@@ -78,7 +78,7 @@ def read_state(
 def imagenet_state(
     architecture: str, # timm name
 ) -> dict[str, Tensor]: # timm's names; not to be changed
-    "ImageNet weights of an encoder, from `data.assets` where it has them, else fetched by timm."
+    "ImageNet weights of an encoder, from `data.assets` where it has them, else fetched by timm; `SourceError` if they cannot be had."
     try: return load_backbone(architecture, imagenet_weights(architecture, None)).state_dict()
     except AssetError as e: raise SourceError(str(e)) from e
     except Exception as e: # whatever a hub, a proxy or a socket raises
@@ -101,20 +101,20 @@ class Source:
         return 3 if unet3d_options(self.architecture) else 2
 
     def weights(self) -> dict[str, Tensor]: # Names as in the file, on the CPU
-        "Read the weights; refuse a file that has changed since the source was named."
+        "Read the weights; `SourceError` if the file has changed since the source was named."
         if self.path is None: return dict(imagenet_state(self.architecture))
         self.check()
         state = {k: v for k, v in read_state(self.path).items() if not k.startswith(_BESIDE)}
         return lite_state_dict(state, load_backbone(self.architecture)) if '_conv_stem.weight' in state else state
 
     def check(self):
-        "Refuse files that are gone, or are not those that were named."
+        "Refuse with a `SourceError` files that are gone, or are not those that were named."
         if gone := [f for f in (self.path, self.fisher) if f and not f.is_file()]: raise SourceError(f'source {self.name}: no file {gone[0]} any more')
         if self.path and self.identity != (now := file_identity(self.path, self.fisher)):
             raise SourceError(f'{self.path} has changed since source {self.name} was named ({self.identity}, now {now}): name it again')
 
     def fisher_values(self) -> dict[str, Tensor] | None: # Names as in the file; None: there is none
-        "Fisher information of the weights."
+        "Fisher information of the weights; `SourceError` if the file has changed or holds none."
         if self.fisher is None: return None
         self.check()
         if self.fisher != self.path:
@@ -142,7 +142,7 @@ def save_source(
     fisher: Mapping[str, Tensor] | Fisher | None = None, # Fisher information; goes beside it as NAME.fisher.safetensors
     **card, # What is known about the weights, e.g. trained_on, licence
 ) -> Path: # As written
-    "Store weights with their card; each file whole or not at all."
+    "Store weights with their card, each file whole or not at all; `SourceError` for another suffix, or an architecture that nobody knows."
     path = Path(path)
     if path.suffix != '.safetensors': raise SourceError(f'sources are stored as .safetensors, not {path.name}')
     if not is_architecture(architecture): raise SourceError(_unknown(architecture))
@@ -210,7 +210,7 @@ def _file(path: Path, architecture: str = '') -> Source: # Architecture as the u
 def parse_source(
     text: str | Path | Source, # 'imagenet:NAME', 'FILE', or 'ARCHITECTURE:FILE'; a source stays as it is
 ) -> Source:
-    "A source from what the user wrote."
+    "A source from what the user wrote; `SourceError` if there is no such file, or its architecture does not fit or is not known."
     if isinstance(text, Source): return text
     text = str(text).strip()
     head, _, rest = text.partition(':')
@@ -223,7 +223,7 @@ def parse_source(
 def parse_sources(
     texts: Iterable[str | Path | Source], # See `parse_source`
 ) -> tuple[Source, ...]:
-    "Sources with different names; the second of two alike gets a number."
+    "Sources with different names, the second of two alike with a number; `SourceError` if one is given twice."
     sources, names = [], set()
     for source in map(parse_source, texts):
         if any(source.identity == s.identity and source.architecture == s.architecture for s in sources): raise SourceError(f'source {source.name} is given twice: leave one away')
@@ -233,7 +233,7 @@ def parse_sources(
     return tuple(sources)
 
 def write_sources(
-    sources: Iterable[Source],
+    sources: Iterable[Source], # From `parse_sources`
     path: str | Path, # JSON file
 ) -> None:
     "Write a list of sources; the weights stay where they are."
@@ -242,7 +242,7 @@ def write_sources(
 def read_sources(
     path: str | Path, # From `write_sources`
 ) -> tuple[Source, ...]:
-    "Read a list of sources."
+    "Read a list of sources; `SourceError` if the file is none."
     try: return tuple(Source(**{k: Path(v) if k in ('path', 'fisher') and v else v for k, v in e.items()}) for e in json.loads(Path(path).read_text()))
     except (ValueError, TypeError, AttributeError, RecursionError) as e: raise SourceError(f'{path} is no list of sources ({type(e).__name__}): name the sources again') from e
 

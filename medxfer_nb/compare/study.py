@@ -42,10 +42,14 @@ class Clock:
     ): self.budget, self.start = budget, time.monotonic()
 
     @property
-    def spent(self) -> float: return time.monotonic() - self.start
+    def spent(self) -> float:
+        "Seconds since the clock was made"
+        return time.monotonic() - self.start
 
     @property
-    def left(self) -> float: return self.budget - self.spent
+    def left(self) -> float:
+        "Seconds of the budget that are left; below 0 once it is used up"
+        return self.budget - self.spent
 
 # %% ../../nbs/api/compare/07_study.ipynb #40dedffa
 def read_cases(
@@ -75,7 +79,7 @@ def default_size(
 BATCH = dict(films=16, slices=16, volumes=2) # Items per step
 
 def items_per_step(
-    pool:Pool
+    pool:Pool # Its kind and number of cases count
 ) -> int:
     "Usual for the kind; fewer if there are few"
     return min(BATCH[pool.kind], max(2, len(pool.cases)//4))
@@ -85,13 +89,13 @@ CORE = 6 # Strategies that are given up last, unless the user named them
 def default_sources(
     kind:str # Of pool
 ) -> tuple: # Texts for `parse_sources`
-    "What to compare where no source is named"
+    "What to compare where no source is named; `DesignError` for volumes, which have no such weights"
     if kind == 'volumes': raise DesignError('volumes need a source: give the weights of a 3-D U-Net with sources=[...] (there are no ImageNet weights in 3-D), '
                                             'or take them slice by slice with dimension=2')
     return ('imagenet:lite0',)
 
 def joined(
-    table:CaseTable,
+    table:CaseTable, # As it was given
     groups # (V,) codes of those who count as one patient
 ) -> CaseTable:
     "The same cases; patients whom the inspection found to share images are one, so that no fold separates them"
@@ -119,7 +123,7 @@ def own_architecture(
 LEAST_PATIENTS = 8 # Of a part of the training patients, to be divided into fitting and validation
 
 def carried(
-    pool:Pool,
+    pool:Pool, # Its patients, labels and split count
     seeds:Sequence[int], # Of all repeats
     fractions:Sequence[float]=(.25, .5) # Wanted for learning curves
 ) -> tuple[int, tuple]: # Outer folds (1: a given split), fractions
@@ -135,7 +139,7 @@ def carried(
 
 # %% ../../nbs/api/compare/07_study.ipynb #a2c40fdf
 def asked(
-    pool:Pool,
+    pool:Pool, # Its fingerprint counts
     arms:Sequence, # `Arm`
     sources:Sequence, # `Source`
     **more # budget, seed, ...
@@ -163,18 +167,18 @@ def with_curve(
 AFTER = 40., 6. # Seconds that judging and the report take: in any case, and for every strategy
 
 def make_plan(
-    pool:Pool,
+    pool:Pool, # The cases to compare on
     arms:Sequence, # `Arm`, the most important first
     sources:Sequence, # `Source`
     left_out:dict, # Title -> why it cannot apply
-    clock:Clock,
+    clock:Clock, # Of the whole study
     jobs:int, # Runs at once
-    seed:int,
+    seed:int, # Of the study
     core:int, # Arms that are given up last
     architecture:Callable, # Architecture or None -> Task
-    progress:Callable
+    progress:Callable # Takes lines
 ) -> Design:
-    "Probe, then choose"
+    "Probe, then choose; `DesignError` if the budget is too small, or fewer than two strategies work"
     k, fractions = carried(pool, tuple(100*seed + r for r in range(5)))
     bs = items_per_step(pool)
     def choose(arms, cost, failed):
@@ -191,8 +195,16 @@ def make_plan(
     return choose(arms, cost, failed)
 
 # %% ../../nbs/api/compare/07_study.ipynb #41c2fad0
-def plan_by_hand(pool:Pool, arms:Sequence, left_out:dict, clock:Clock, jobs:int, seed:int, wanted:dict) -> Design:
-    "What the user decided; arguments as for `make_plan`"
+def plan_by_hand(
+    pool:Pool, # The cases to compare on
+    arms:Sequence, # `Arm`, the most important first
+    left_out:dict, # Title -> why it cannot apply
+    clock:Clock, # Of the whole study
+    jobs:int, # Runs at once
+    seed:int, # Of the study
+    wanted:dict # Some of folds, repeats, trials, steps, portions, bs
+) -> Design:
+    "What the user decided; `DesignError` if the data do not carry it"
     repeats, points = wanted.get('repeats', 3), tuple(wanted.get('portions', ()))
     k, fractions = carried(pool, tuple(100*seed + r for r in range(repeats)), points)
     if lost := [f for f in points if f not in fractions]: raise DesignError(f'{lost[0]:.0%} of the training patients are too few: they lack a label, or are fewer than {LEAST_PATIENTS}')
@@ -229,12 +241,16 @@ class Punctual:
         super().__init__(*args, **kwargs)
         self.left, self.first, self.longest = left, first, 0.
 
-    def late(self, job) -> bool:
+    def late(self,
+        job # `repro.jobs.Job`
+    ) -> bool:
         "Would this job end too late, if it takes as long as the longest so far?"
         must = job.config.seed == self.first and job.config.portion == 1
         return not must and self.left() < self.longest
 
-    def note(self, outcome) -> Outcome:
+    def note(self,
+        outcome # `repro.jobs.Outcome`
+    ) -> Outcome: # The same
         "The outcome, after a look at how long it took"
         if outcome.status == 'done': self.longest = max(self.longest, outcome.seconds)
         return outcome
@@ -272,7 +288,7 @@ def run_in_time(
     store:Store, # Their records
     jobs:int, # At once
     left:Callable, # () -> seconds that are left for training
-    progress:Callable|None,
+    progress:Callable|None, # Takes lines; None: silent
     cluster=None # Where to train instead, see `cluster.Dask`
 ) -> tuple[Runs, int]: # Records and failures; runs for which there was no time
     "Load what is stored, train what is not, as long as there is time"
@@ -291,7 +307,7 @@ def run_in_time(
 
 # %% ../../nbs/api/compare/07_study.ipynb #972e8b35
 def carried_out(
-    design:Design,
+    design:Design, # As it was planned
     done:Runs, # From `run_in_time`
     late:int # Runs for which there was no time
 ) -> Design:
@@ -322,20 +338,24 @@ class Comparison:
     seconds:float=0. # All in all
 
     @property
-    def study(self) -> Path: return self.folder/'study'
+    def study(self) -> Path:
+        "Folder of what all runs share: pool and list of sources"
+        return self.folder/'study'
 
     @property
-    def store(self) -> Store: return Store(self.folder/'store')
+    def store(self) -> Store:
+        "Records of all runs"
+        return Store(self.folder/'store')
 
     def plot(self,
         reference:str='full' # Recipe or arm to compare with
     ): # matplotlib figure
-        "Forest plot: differences of all strategies to one"
+        "Forest plot: differences of all strategies to one; `DesignError` after a dry run"
         from medxfer_nb.compare.figures import plot_forest
         return plot_forest(self._judged().results, self.judgement, reference)
 
     def table(self) -> pd.DataFrame: # Index arm
-        "Scores, differences and claims"
+        "Scores, differences and claims; `DesignError` after a dry run"
         return self._judged().judgement.table
 
     def _judged(self):
@@ -365,14 +385,14 @@ def compare_strategies(
     jobs:int=None, # Trainings at once; None: one per core, on a GPU one
     seed:int=0, # Of folds, starting values, order
     dimension:int=3, # 2: volumes slice by slice
-    size:int=None, # Network input, pixels; None: as the budget allows
+    size:int=None, # Network input, pixels or voxels along each side; None: as the budget allows
     progress:Callable|None=print, # Takes lines; None: silent
     plan:dict=None, # Decided by hand: folds, repeats, trials, steps, portions, bs; the budget then only ends the study
     dry_run:bool=False, # Inspect, probe and plan only
     notebook:bool=True, # Beside the report, an executed notebook
     cluster=None # Train there: address of a Dask scheduler, a Dask cluster, or a `ClusterSpec` or its YAML file; its workers instead of `jobs`
 ) -> Comparison:
-    "Which transfer strategy for these cases, and is the gain real?"
+    "Which transfer strategy for these cases, and is the gain real? `DesignError` if nothing can be compared, `TableError` or `SourceError` for bad input"
     clock, out, say = Clock(parse_duration(budget)), Path(out), progress or _silent
     if cases is None and not sources: dimension = 2 # Virtual brains, slice by slice: there are ImageNet weights for these
     if seed < 0: raise DesignError(f'seed {seed}: give 0 or a positive whole number')

@@ -160,7 +160,7 @@ def nameless(
     return re.sub(r'^((the file|a slice): )+', '', message)
 
 def read_facts(
-    table:CaseTable,
+    table:CaseTable, # From `read_table`
     i:int # Case
 ) -> Facts: # With a fault, if its files cannot be used
     "Read the files of a case, once"
@@ -213,7 +213,7 @@ def _warnings_by_row(
     return tuple(Finding('warning', 'header', what, tuple(sorted(at)), 'look at these cases') for what, at in found.items())
 
 def survey(
-    table:CaseTable,
+    table:CaseTable, # From `read_table`
     jobs:int = None, # Threads; None: one per core, at most 8, or 2 for volumes
     progress:Callable = None # Is told how far it is
 ) -> Survey:

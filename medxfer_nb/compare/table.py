@@ -191,11 +191,23 @@ class CaseTable:
 
     def __len__(self) -> int: return len(self.frame)
 
-    def path(self, i:int) -> Path: return Path(self.root)/self.frame['path'].iat[i]
+    def path(self,
+        i:int # Case, counted from 0
+    ) -> Path:
+        "Image or volume of a case: a file, or the folder of a DICOM series"
+        return Path(self.root)/self.frame['path'].iat[i]
 
-    def mask(self, i:int) -> Path: return Path(self.root)/self.frame['mask'].iat[i]
+    def mask(self,
+        i:int # Case, counted from 0
+    ) -> Path:
+        "Mask of a case: a file, or the folder of a DICOM series; of a segmentation only"
+        return Path(self.root)/self.frame['mask'].iat[i]
 
-    def where(self, i:int) -> str: return f"row {self.frame['row'].iat[i]}"
+    def where(self,
+        i:int # Case, counted from 0
+    ) -> str: # Such as 'row 7'
+        "Row of a case as messages name it; the header is row 1"
+        return f"row {self.frame['row'].iat[i]}"
 
     @property
     def medium(self) -> str:
@@ -430,10 +442,10 @@ def read_table(
 
 # %% ../../nbs/api/compare/00_table.ipynb #a7091af2
 def pool_kind(
-    table:CaseTable,
+    table:CaseTable, # From `read_table`
     dimension:int = 3 # 2: volumes slice by slice
 ) -> str: # 'films', 'slices' or 'volumes'
-    "What the networks will see"
+    "What the networks will see; `TableError` if `dimension` is neither 2 nor 3"
     if dimension not in (2, 3): raise TableError(f'dimension must be 2 or 3, not {dimension}')
     if table.task == 'classification': return 'films'
     return 'slices' if table.medium == 'image' or dimension == 2 else 'volumes'
@@ -532,13 +544,13 @@ def _how(
                 **(dict(intensity='display') if image else dict(intensity='window', window=WINDOW)))
 
 def prepare(
-    table:CaseTable,
+    table:CaseTable, # From `read_table`
     folder:Path, # Of this pool alone; what another pool left in it is replaced
     size:int = None, # Pixels or voxels along each side; None: 64, for volumes 32
     dimension:int = 3, # 2: volumes slice by slice
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Pool: # Memory-mapped
-    "Every case read once; the next call with the same cases finds them in the folder"
+    "Every case read once; the next call with the same cases finds them in the folder. `TableError` names the row of a case that cannot be used"
     folder, how = Path(folder), _how(table, size, dimension)
     folder.mkdir(parents=True, exist_ok=True)
     key = _key(table, how)
@@ -561,7 +573,7 @@ def prepare(
 def salt(
     folder:Path # Of the results
 ) -> bytes: # 16
-    "The folder's secret, made when it is first asked for; nobody but its owner may read the file"
+    "The folder's secret, made when it is first asked for; nobody but its owner may read the file; `TableError` if it is damaged"
     path = Path(folder)/'salt'
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix('.lock')):
@@ -607,7 +619,7 @@ def virtual_table(
     labels:tuple = OBSERVATIONS, # Of the films; 'Any finding' is one, too
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> CaseTable:
-    "Virtual patients as files; the same ones are not written again"
+    "Virtual patients as files; the same ones are not written again; `TableError` for a task or a label that there is not"
     if task not in ('classification', 'segmentation'): raise TableError(f"task must be 'classification' or 'segmentation', not {task!r}")
     films = task == 'classification'
     n, size, labels = n or (120 if films else 24), size or (64 if films else 32), tuple(labels) if films else ('tumour',)

@@ -64,8 +64,11 @@ class Task:
 
     def __post_init__(self): self.check(self.architecture)
 
-    def check(self, architecture: str, whose: str = 'the task'):
-        "Refuse an architecture that the data do not go with."
+    def check(self,
+        architecture: str, # timm name, or 'unet3d...'
+        whose: str = 'the task', # For the message
+    ):
+        "Refuse with a `TaskError` an architecture that the data do not go with."
         if bool(unet3d_options(architecture)) != (self.kind == 'volumes'):
             raise TaskError(f'{architecture} of {whose} is no network for {self.kind}: ' + ("take a 3-D U-Net ('unet3d')" if self.kind == 'volumes' else 'take a timm architecture'))
         if self.multiple: _check_size(architecture, self.size, self.multiple)
@@ -110,7 +113,7 @@ def _gray_stats(architecture: str) -> tuple[float, float]: # Mean and standard d
     return (float(np.mean(cfg.mean)), float(np.mean(cfg.std))) if cfg else (.5, .25)
 
 def task_for(
-    pool: Pool,
+    pool: Pool, # From `prepare`, or `pool_of`
     architecture: str | None = None, # Of networks without a source; None: EfficientNet-Lite0, or a 3-D U-Net with 8 channels
     precision: str = 'auto', # 'fp32', 'bf16', or the fastest by a probe
     cache: Path | None = None, # JSON file of the probe's decisions; None: in `cache_dir()`
@@ -131,20 +134,29 @@ def _seeded(make: Callable, seed: int) -> nn.Module: # What `make` makes with to
         return make()
 
 @patch
-def build(self: FilmTask, architecture: str, T: str) -> nn.Module: return colorized_net(T, architecture, self.n_outputs)
+def build(self: FilmTask, architecture: str, T: str) -> nn.Module: # (B, 1, H, W) -> (B, C) logits
+    "A classifier with a colour module `T` in front, its weights not yet seeded."
+    return colorized_net(T, architecture, self.n_outputs)
 
 @patch
-def build(self: SliceTask, architecture: str, T: str) -> nn.Module: return unet(architecture, self.n_outputs, colour=T)
+def build(self: SliceTask, architecture: str, T: str) -> nn.Module: # (B, 1, H, W) -> (B, C, H, W) logits, background first
+    "A U-Net with a colour module `T` in front, its weights not yet seeded."
+    return unet(architecture, self.n_outputs, colour=T)
 
 @patch
-def build(self: VolumeTask, architecture: str, T: str) -> nn.Module: return unet3d(self.channels, self.n_outputs, **unet3d_options(architecture))
+def build(self: VolumeTask, architecture: str, T: str) -> nn.Module: # (B, M, Z, Y, X) -> (B, L, Z, Y, X) logits
+    "A 3-D U-Net, its weights not yet seeded; it has no colour module, so `T` is not used."
+    return unet3d(self.channels, self.n_outputs, **unet3d_options(architecture))
 
 @patch
-def refresh(self: Task, net: nn.Module, seed: int): # Start the fresh parts from numbers of their own
+def refresh(self: Task, net: nn.Module, seed: int):
+    "Start the fresh parts anew in place, each from a seed of its own."
     for i, part in enumerate(self.fresh): reset_part(getattr(net, part), seed*10 + i)
 
 @patch
-def refresh(self: VolumeTask, net: nn.Module, seed: int): xavier_(net, seed) # each tensor from a number of its own
+def refresh(self: VolumeTask, net: nn.Module, seed: int):
+    "Start the whole network anew in place, by Xavier (T-IMM paper, Section 4.3), each tensor from a seed of its own."
+    xavier_(net, seed)
 
 @patch
 def network(self: Task,
@@ -152,7 +164,7 @@ def network(self: Task,
     seed: int = 0, # Of all that starts anew, and of nothing else
     T: str = 'none', # Colour module in front, one of `COLORIZERS`; films and slices only
 ) -> nn.Module: # In float32, on the CPU
-    "A network with its body from a source."
+    "A network with its body from a source; `TaskError` or `SourceError` if they do not go together."
     if T not in (COLORIZERS if self.body else ('none',)): raise TaskError(f'no colour module {T!r} for {self.kind}; there are: {", ".join(COLORIZERS) if self.body else "none"}')
     architecture = source.architecture if source else self.architecture
     if source: self.check(architecture, f'source {source.name}')
@@ -171,8 +183,8 @@ def wanted(self: Task, net: nn.Module) -> dict[str, Tensor]: # Name -> parameter
     return {k: v for k, v in net.state_dict().items() if _inside(self, k)}
 
 @patch
-def wanted(self: VolumeTask, net: nn.Module) -> dict[str, Tensor]:
-    "What a source has to bring: the paper's P; instance norms have no statistics."
+def wanted(self: VolumeTask, net: nn.Module) -> dict[str, Tensor]: # Name -> parameter
+    "What a source has to bring: P of the T-IMM paper (Section 4.1); instance norms have no statistics."
     return {k: p.detach() for k, p in shared_parameters(net).items()}
 
 @patch
@@ -206,10 +218,10 @@ def body_fisher(self: Task, net: nn.Module, source: Source) -> dict[str, Tensor]
 # %% ../../nbs/api/compare/03_tasks.ipynb #d0c1bcf0
 @patch
 def groups(self: Task,
-    net: nn.Module,
+    net: nn.Module, # From `network`
     n: int = 3, # Groups of the body
 ) -> list[list[nn.Parameter]]: # n of the body from the input to the output, then the rest
-    "Parameter groups by depth."
+    "Parameter groups by depth; `TaskError` if the body has fewer than `n` layers."
     names, layers, seen = set(self.body_names(net)), [], set()
     inside = {p for name, p in net.named_parameters() if name in names}
     for _, _, params in owners(net):
@@ -222,7 +234,7 @@ def groups(self: Task,
     return [*body, [p for p in net.parameters() if p not in inside]]
 
 @patch
-def body_modules(self: Task, net: nn.Module) -> list[nn.Module]:
+def body_modules(self: Task, net: nn.Module) -> list[nn.Module]: # The parts `body`, in their order
     "The layers that transfer."
     return [getattr(net, part) for part in self.body]
 
@@ -247,17 +259,23 @@ def fresh_modules(self: VolumeTask, net: nn.Module) -> list[nn.Module]:
 
 # %% ../../nbs/api/compare/03_tasks.ipynb #dd313777
 @patch
-def batches(self: FilmTask, train, valid, how: dict) -> DataLoaders: return film_loaders(train, valid, self.size[0], self.stats, **how)
+def batches(self: FilmTask, train, valid, how: dict) -> DataLoaders: # x (B, 1, S, S) normalised, y (B, C) with NaN where unknown
+    "Batches of films: `Cases` to train on and to validate on; `how` holds options of `film_loaders`."
+    return film_loaders(train, valid, self.size[0], self.stats, **how)
 
 @patch
-def batches(self: SliceTask, train, valid, how: dict) -> DataLoaders: return slice_loaders(train, valid, **how)
+def batches(self: SliceTask, train, valid, how: dict) -> DataLoaders: # x (B, 1, S, S) in [0, 1], y (B, S, S) int64
+    "Batches of slices: `Slices` to train on and to validate on; `how` holds options of `slice_loaders`."
+    return slice_loaders(train, valid, **how)
 
 @patch
-def batches(self: VolumeTask, train, valid, how: dict) -> DataLoaders: return brain_loaders(train, valid, self.regions, **how)
+def batches(self: VolumeTask, train, valid, how: dict) -> DataLoaders: # x (B, M, Z, Y, X) in [0, 1], y (B, L, Z, Y, X) of 0 and 1
+    "Batches of volumes: `Brains` to train on and to validate on; `how` holds options of `brain_loaders`."
+    return brain_loaders(train, valid, self.regions, **how)
 
 @patch
 def loaders(self: Task,
-    pool: Pool,
+    pool: Pool, # The cases that the rows are of
     train_rows: np.ndarray, # Case rows
     valid_rows: np.ndarray, # Case rows of other patients
     bs: int | None = None, # Batch size; None: usual for the kind
@@ -265,7 +283,7 @@ def loaders(self: Task,
     seed: int = 0, # Of order and augmentation
     augment: bool = True, # Rotate and zoom images, bend the intensities of volumes?
 ) -> DataLoaders:
-    "Training and validation batches."
+    "Training and validation batches; `TaskError` if a patient is in both, or either is empty."
     train_rows, valid_rows = np.asarray(train_rows, int), np.asarray(valid_rows, int)
     if not len(train_rows) or not len(valid_rows): raise TaskError(f'{len(train_rows)} cases to train on, {len(valid_rows)} to validate on: both must be there')
     both = np.intersect1d(pool.patients[train_rows], pool.patients[valid_rows])
@@ -309,7 +327,7 @@ def masked_cross_entropy(
     logits: Tensor, # (B, C)
     targets: Tensor, # (B, C) one-hot; NaN where unknown
 ) -> Tensor: # Mean over the known cases; 0 where all are unknown
-    "Cross-entropy over exclusive classes."
+    "Cross-entropy over exclusive classes; `ValueError` if logits and targets differ in shape."
     if logits.shape != targets.shape: raise ValueError(f'logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape')
     targets = targets.as_subclass(Tensor)
     known = ~targets.isnan().any(1)
@@ -386,13 +404,19 @@ def metric(self: Task, pool: Pool | None = None) -> Callable: # (logits, targets
 
 # %% ../../nbs/api/compare/03_tasks.ipynb #747d984c
 @patch
-def choose(self: FilmTask, net, *how): choose_modes(net, *how)
+def choose(self: FilmTask, net, *how):
+    "Set dtype and memory layout of each part of a network in place; `how` as for `choose_modes`, batches are (B, 1, H, W)."
+    choose_modes(net, *how)
 
 @patch
-def choose(self: SliceTask, net, *how): choose_unet_modes(net, *how)
+def choose(self: SliceTask, net, *how):
+    "Set dtype and memory layout of each part of a network in place; `how` as for `choose_unet_modes`, batches are (B, 1, H, W)."
+    choose_unet_modes(net, *how)
 
 @patch
-def choose(self: VolumeTask, net, *how): choose_unet3d_mode(net, *how)
+def choose(self: VolumeTask, net, *how):
+    "Set dtype and memory layout of a network in place; `how` as for `choose_unet3d_mode`, batches are (B, M, Z, Y, X)."
+    choose_unet3d_mode(net, *how)
 
 @patch
 def set_precision(self: Task, net: nn.Module, bs: int | None = None) -> nn.Module: # The same network
@@ -440,10 +464,14 @@ def predict(self: SegmentationTask, net: nn.Module, pool: Pool, rows: np.ndarray
     return [self.stack(found[cases == row]) for row in rows]
 
 @patch
-def stack(self: SliceTask, masks: np.ndarray) -> np.ndarray: return np.ascontiguousarray(masks.swapaxes(0, 1)) # (Z, L, H, W) -> (L, Z, H, W)
+def stack(self: SliceTask, masks: np.ndarray) -> np.ndarray: # (Z, L, H, W) -> (L, Z, H, W)
+    "Masks of a case from those of its slices."
+    return np.ascontiguousarray(masks.swapaxes(0, 1))
 
 @patch
-def stack(self: VolumeTask, masks: np.ndarray) -> np.ndarray: return masks[0] # (1, L, Z, Y, X) -> (L, Z, Y, X)
+def stack(self: VolumeTask, masks: np.ndarray) -> np.ndarray: # (1, L, Z, Y, X) -> (L, Z, Y, X)
+    "Masks of a case from those of its one volume."
+    return masks[0]
 
 @patch
 def truth(self: SliceTask, pool: Pool, row: int) -> np.ndarray: # (L, Z, Y, X) bool
@@ -476,7 +504,7 @@ def cost(self: Task, net: nn.Module, pool: Pool | None = None) -> dict: # gmacs,
 
 # %% ../../nbs/api/compare/03_tasks.ipynb #dc473120
 def task_card(
-    task: Task,
+    task: Task, # From `task_for`
     net: nn.Module, # From `task.network`
 ) -> dict: # JSON types
     "What is needed to make a task and its network again, without data."

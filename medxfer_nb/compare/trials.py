@@ -68,7 +68,7 @@ def _silent(fraction: float, note: str = ''): pass
 
 @dataclass(eq=False)
 class Trial:
-    "One training of one recipe: what it is given, and what it has used up."
+    "One training of one recipe: what it is given, and what it has used up. `RecipeError` if `steps` is no positive multiple of `validate_every`."
     task: object # See `compare.tasks`
     pool: object # See `compare.table`
     train_rows: np.ndarray # Cases to train on
@@ -94,26 +94,40 @@ class Trial:
             raise RecipeError(f'{self.steps} steps: take a positive multiple of validate_every = {self.validate_every}')
 
     @property
-    def left(self) -> int: return self.steps - self.taken # Steps that may still be taken
+    def left(self) -> int:
+        "Steps that may still be taken."
+        return self.steps - self.taken
 
     @cached_property
     def loaders(self) -> DataLoaders:
+        "Training and validation batches; an epoch is the stretch between two validations."
         return self.task.loaders(self.pool, self.train_rows, self.valid_rows, bs=self.bs, steps_per_epoch=self.validate_every, seed=self.seed, augment=self.augment)
 
     @cached_property
-    def loss(self) -> Callable: return self.task.loss(self.pool, self.train_rows)
+    def loss(self) -> Callable: # (logits, targets) -> scalar
+        "Loss of the task, with class weights of the training cases where it has any."
+        return self.task.loss(self.pool, self.train_rows)
 
     @cached_property
-    def metric(self) -> Callable: return self.task.metric(self.pool)
+    def metric(self) -> Callable: # (logits, targets) of a validation set -> float
+        "What validations are judged by: higher is better."
+        return self.task.metric(self.pool)
 
     def network(self, source=None, **options) -> nn.Module: # `options` such as T='deconv'
         "The network before training: the body from a source, or fresh; the rest from the seed."
         return self.task.network(source, self.seed, **options)
 
-    def learner(self, net: nn.Module, groups: Sequence | None = None) -> Learner: # Optimiser and precision as for every recipe
+    def learner(self,
+        net: nn.Module, # From `network`
+        groups: Sequence | None = None, # Parameter groups; None: body and rest
+    ) -> Learner:
+        "A fastai `Learner` with the optimiser and the precision of every recipe."
         return self.task.learner(net, self.loaders, self.loss, groups=groups)
 
-    def result(self, net: nn.Module, **notes) -> TrialResult:
+    def result(self,
+        net: nn.Module, # Trained
+        **notes, # What a report should know: numbers, or arrays such as ratio_<unit>=(one number per source)
+    ) -> TrialResult:
         "What a recipe returns."
         return TrialResult(net, self.history, notes, sum(self.trained.values()), self.taken, self.score)
 
@@ -122,7 +136,7 @@ class Trial:
 def begin_phase(self: Trial,
     steps: int | None = None, # None: all that are left
 ) -> tuple[int, Path | None, Tell]: # Steps, checkpoint, callback that tells how far it is
-    "Check and number a phase."
+    "Check and number a phase; `RecipeError` if its steps do not fit into those that are left."
     steps = self.left if steps is None else steps
     if steps > self.left: raise RecipeError(f'a phase of {steps} steps, but {self.left} of {self.steps} are left: the steps of all phases add up to {self.steps} at most')
     if steps < 1 or steps % self.validate_every: raise RecipeError(f'a phase of {steps} steps: take a positive multiple of validate_every = {self.validate_every}')
@@ -145,13 +159,13 @@ def fit(self: Trial,
     lr: float = 1e-3, # Maximum of the One Cycle
     lrs: Sequence[float] | None = None, # One per group instead
     frozen: Sequence[nn.Module] = (), # Stay as they are, statistics too
-    callbacks: Sequence[Callback] = (),
-    groups: Sequence[Sequence[nn.Parameter]] | None = None, # Parameter groups of the optimiser; None: one
+    callbacks: Sequence[Callback] = (), # Further ones of fastai
+    groups: Sequence[Sequence[nn.Parameter]] | None = None, # Parameter groups of the optimiser; None: body and rest
     freeze_to: int = 0, # Groups before this one rest, as in fastai: their norm layers still train
     watch: dict[str, Callable[[], float]] | None = None, # Name -> value to write into the history at each validation
     phase: str = 'training', # For the history
 ) -> list[dict]: # Validations of this phase
-    "Train one phase."
+    "Train one phase; `RecipeError` if its steps do not fit, `TrainingDiverged` if the loss is NaN or infinite."
     steps, checkpoint, tell = self.begin_phase(steps)
     net.requires_grad_(True)
     learn = self.learner(net, groups)
@@ -167,10 +181,10 @@ def fit(self: Trial,
 
 # %% ../../nbs/api/compare/04a_trials.ipynb #310279e3
 def split_steps(
-    trial: Trial,
+    trial: Trial, # Whose steps are dealt out
     *shares: float, # Of all steps, for each phase but the last
 ) -> list[int]: # Steps of each phase, multiples of `validate_every`; they add up to `trial.steps`
-    "Deal the steps out to phases."
+    "Deal the steps out to phases; `RecipeError` if there are fewer validations than phases."
     stretches, n = trial.steps//trial.validate_every, len(shares) + 1
     if stretches < n: raise RecipeError(f'{n} phases need {n} validations or more: give {n*trial.validate_every} steps, not {trial.steps}, or a smaller validate_every')
     firsts = [max(1, round(share*stretches)) for share in shares]
@@ -233,7 +247,7 @@ class Recipe:
         except TypeError as e: raise RecipeError(f'{self.name}: the grid holds numbers and texts only ({e})') from None
 
     def applies(self, kind: str, sources: Sequence = ()) -> str: # The reason why not; '': it applies
-        "Can it be used on such a pool, with these sources?"
+        "Can it be used on such a pool, with these sources? `RecipeError` if there is no such kind."
         if kind not in KINDS: raise RecipeError(f'kind is one of {KINDS}, not {kind!r}')
         if kind not in self.kinds: return f'for {" and ".join(self.kinds)}, not for {kind}'
         if len(sources) < NEEDS[self.needs]: return NO_SOURCE[len(sources)]
@@ -264,16 +278,16 @@ def unrelated(
 RECIPES: dict[str, Recipe] = {} # In order of priority
 
 def recipe_code(
-    recipe: Recipe,
+    recipe: Recipe, # From `get_recipe`
 ) -> str: # 12 hexadecimal digits; '' for a recipe of the library
-    "Digest of the source of a recipe that is not from the library; of its own function and grid, not of what the function calls."
+    "Digest of function and grid of a recipe that is not from the library, not of what it calls; `RecipeError` if there is no source."
     if recipe.fit.__module__.startswith('medxfer_nb.'): return ''
     try: source = inspect.getsource(recipe.fit)
     except (OSError, TypeError): raise RecipeError(f'the source of {recipe.name} cannot be found: define it in a notebook cell or in a file') from None
     return hashlib.sha256(f'{source}{json.dumps(recipe.grid, sort_keys=True)}'.encode()).hexdigest()[:12]
 
 def register_recipe(recipe: Recipe) -> Recipe: # The same
-    "Add a recipe; one of the same name that is not from the library is replaced."
+    "Add a recipe; one of the same name that is not from the library is replaced, for one of the library there is a `RecipeError`."
     old = RECIPES.get(recipe.name)
     if old and old.fit.__module__ != recipe.fit.__module__ and old.fit.__module__.startswith('medxfer_nb.'):
         raise RecipeError(f'{recipe.name} is a recipe of the library: choose another name')
@@ -292,16 +306,16 @@ def recipe(
     return register
 
 def get_recipe(recipe: str | Recipe) -> Recipe:
-    "By name, or itself."
+    "A recipe by its name, or itself; `RecipeError` if there is none of this name."
     if isinstance(recipe, Recipe): return recipe
     if recipe not in RECIPES: raise RecipeError(f'no strategy {recipe!r}; there are: {", ".join(RECIPES)}')
     return RECIPES[recipe]
 
 def run_trial(
-    recipe: str | Recipe,
+    recipe: str | Recipe, # Or its name
     trial: Trial, # Fresh
 ) -> TrialResult: # Its network in evaluation mode
-    "Carry a trial out, and check what comes back."
+    "Carry a trial out, and check what comes back: `RecipeError` if it breaks the rules, `TrainingDiverged` if weights are NaN or infinite."
     r = get_recipe(recipe)
     if len(trial.sources) < NEEDS[r.needs]: raise RecipeError(f'{r.title}: {NO_SOURCE[len(trial.sources)]}')
     result = r.fit(trial)

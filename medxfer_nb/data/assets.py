@@ -29,7 +29,9 @@ class Asset:
     about:str # What it is
 
     @property
-    def requirement(self) -> str: return f'{self.wheel}=={self.version}'
+    def requirement(self) -> str:
+        "What pip is asked for: the wheel, in its pinned version"
+        return f'{self.wheel}=={self.version}'
 
 class AssetError(RuntimeError):
     "An asset that cannot be had or trusted; the message says what to do"
@@ -221,7 +223,7 @@ def fetch(
     refresh:bool = False, # Fetch again even if it is there
     say = print # Called with a line when there is something to wait for
 ) -> Path: # The file in the cache
-    "Path of an asset's file; fetched, checked and extracted first if it is not there"
+    "Path of an asset's file; fetched, checked and extracted first if it is not there; `AssetError` if that fails"
     asset = _asset(name)
     with _disk_errors(asset):
         if not refresh and (file := _cached(asset)): return file

@@ -22,7 +22,7 @@ def crop_resize(
     size:int, # Side of the square wanted, px
     at:float = 0.5 # Place of the square along the longer side: 0 top or left, 0.5 middle, 1 bottom or right
 ) -> np.ndarray: # (size,size) uint8
-    "The largest square of an image, rescaled"
+    "The largest square of an image, rescaled to the network's input (Section IV.B)"
     h,w = image.shape
     side = min(h, w)
     top,left = round((h-side)*at), round((w-side)*at)
@@ -35,7 +35,7 @@ CHEXPERT_STATS = (0.5028, 0.2902)
 def pixel_stats(
     cases:Cases # Any number of images of any size
 ) -> tuple[float, float]: # Mean and standard deviation of the gray values in [0,1]
-    "Pixel statistics in which every image weighs the same, computed from gray-value histograms"
+    "Pixel statistics in which every image weighs the same, computed from gray-value histograms; `CaseError` without cases"
     if len(cases) == 0: raise CaseError('no cases: no pixel statistics')
     share = np.zeros(256)
     for i in range(len(cases)):
@@ -47,7 +47,7 @@ def pixel_stats(
 
 # %% ../../nbs/api/data/05_batches.ipynb #c64bf17c
 class FilmSet:
-    "Cases as tensors: item `i`, or a whole batch"
+    "Cases as tensors: item `i`, or a whole batch; `CaseError` if there are none, or uncertain labels among them"
     n_inp = 1
     def __init__(self,
         cases:Cases, # Films and labels, no uncertain ones
@@ -88,13 +88,22 @@ def endless_order(
 # %% ../../nbs/api/data/05_batches.ipynb #9ade0a48
 class Draws:
     "Random numbers for fastai's batch transforms, from a generator of their own"
-    def __init__(self, seed:int): self.seed = seed; self.restart(0)
+    def __init__(self,
+        seed:int # Of all epochs; each has its own stream of numbers
+    ):
+        self.seed = seed
+        self.restart(0)
 
     def restart(self, epoch:int) -> None:
-        "Start the numbers of an epoch"
+        "Start the numbers of an epoch, which depend on nothing but the seed and its number, from 0"
         self.rng = np.random.default_rng([self.seed, 1, epoch])
 
-    def uniform(self, low:float, high:float, p:float=1., neutral:float=0.):
+    def uniform(self,
+        low:float, # In the unit of the transform: degrees, a zoom factor, a part of the side
+        high:float, # In the same unit
+        p:float=1., # Probability that a film gets a random value
+        neutral:float=0. # Value of the other films: the one that changes nothing
+    ): # draw(x) -> (B,) tensor of the type of x
         "A `draw`: batch -> (B,) uniform in [low,high] with probability `p`, else `neutral`"
         def draw(x):
             values = np.where(self.rng.random(len(x)) < p, self.rng.uniform(low, high, len(x)), neutral)
@@ -113,7 +122,7 @@ def augmentation(
 class FilmLoader(TfmdDL):
     "Batches of normalised films: in order, or (`shuffle`) an endless seeded stream cut into epochs"
     def __init__(self,
-        dataset:FilmSet,
+        dataset:FilmSet, # Films and targets
         bs:int = 64, # Batch size; more than there are films is allowed: the stream repeats them
         stats:tuple = CHEXPERT_STATS, # Mean and standard deviation, in [0,1]
         shuffle:bool = False, # Random order and crops, endlessly; else every film once, in order, cropped in the middle
@@ -133,25 +142,34 @@ class FilmLoader(TfmdDL):
     def __len__(self): return self.steps if self.shuffle and self.steps else -(-self.n//self.bs)
 
     def get_idxs(self):
+        "Rows of the epoch: all in order, or if shuffled the next `len(self)*bs` of the endless line, which seed and epoch alone decide"
         if not self.shuffle: return list(range(self.n))
         count = len(self)*self.bs
         return endless_order(self.n, self.epoch*count, count, self.seed).tolist()
 
     def crops(self): # (steps, B) positions
+        "Crop positions of the epoch's films, as in `crop_resize`: at random if shuffled, else in the middle"
         shape = len(self), self.bs
         return np.random.default_rng([self.seed, 2, self.epoch]).random(shape) if self.shuffle else np.full(shape, .5)
 
-    def create_batches(self, samps):
+    def create_batches(self,
+        samps # Rows of this worker, in order
+    ): # Iterator of batches, see `FilmSet.batch`
+        "Whole batches from the data set, each with its crops: the same ones for any number of workers"
         mine = self.crops()[self.offs::self.num_workers] # a worker makes every num_workers-th batch
         return map(self.dataset.batch, chunked(samps, self.bs), mine)
 
     def before_iter(self):
+        "At the start of an epoch, the numbers of augmentation start anew, so that they do not depend on earlier epochs"
         super().before_iter()
         self.draws.restart(self.epoch)
 
-    def after_iter(self): self.epoch += 1
+    def after_iter(self):
+        "At the end of an epoch, the next one is counted: it has another order and other crops"
+        self.epoch += 1
 
     def new(self, dataset=None, cls=None, **kwargs):
+        "A loader like this one for other films, as fastai makes it for test data; its epochs start from 0"
         same = {k: getattr(self, k) for k in ('stats', 'steps', 'augment', 'seed')}
         return super().new(dataset, cls, **{**same, **kwargs})
 
@@ -168,7 +186,7 @@ def film_loaders(
     workers:int = 0, # Processes that read files; 0 is fastest for pixels in memory
     device = None # fastai's default device if None
 ) -> DataLoaders: # Batches: (B,1,S,S) float `TensorImageBW`, normalised; (B,C) float32 targets, NaN = masked
-    "Training and validation batches for a fastai `Learner`"
+    "Training and validation batches for a fastai `Learner`; `CaseError` if the two have different labels"
     if train.labels != valid.labels: raise CaseError(f'labels differ: {train.labels} to train, {valid.labels} to validate')
     dl = FilmLoader(FilmSet(train, size), bs, stats, shuffle=True, steps=steps_per_epoch, augment=augment, seed=seed, num_workers=workers)
     return DataLoaders(dl, FilmLoader(FilmSet(valid, size), bs, stats, num_workers=workers), device=device or default_device())

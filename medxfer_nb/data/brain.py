@@ -50,7 +50,7 @@ def parcellate(
     ids:np.ndarray, # FreeSurfer ids, whole numbers of any type
     path:Path = 'parcellation' # For the messages
 ) -> np.ndarray: # uint8, same shape: 0 or a number of `CLASSES14`
-    "The paper's 14 classes from the ids of `aparc+aseg`"
+    "The 14 classes of Section 4.2 from the ids of `aparc+aseg`; `BrainError` for an id that it does not have"
     ids = np.asarray(ids)
     with np.errstate(invalid='ignore'): whole = ids.astype(np.int32)
     if not np.array_equal(whole, ids): raise BrainError(f'{path}: ids that are no whole numbers; was it interpolated? Resample it with nearest neighbours')
@@ -73,7 +73,7 @@ def region_masks(
     labels, # (...,Z,Y,X) whole numbers, array or tensor
     regions:dict # L regions: name -> labels in it; see `REGIONS`
 ): # (...,L,Z,Y,X) bool, array or tensor
-    "One mask for each region"
+    "One mask for each region; regions may overlap, as ET, TC and WT do (Section 4.2)"
     if not regions: raise BrainError('no regions to make masks of: choose some of REGIONS')
     if isinstance(labels, torch.Tensor):
         return torch.stack([torch.isin(labels, torch.tensor(v, device=labels.device)) for v in regions.values()], -4)
@@ -94,7 +94,7 @@ def regions_to_labels(
 def rank_normalise(
     image:np.ndarray # (Z,Y,X), or (M,Z,Y,X): each of M images by itself; 0 is background
 ) -> np.ndarray: # float32, same shape: 0 in the background, (0,1] elsewhere
-    "Rank of each voxel among those that are not 0, as a fraction"
+    "Rank of each voxel among those that are not 0, as a fraction: how the histogram normalisation of Section 4.2 is read here"
     image = np.asarray(image)
     if image.ndim == 4: return np.stack([rank_normalise(i) for i in image])
     if not np.isfinite(image).all(): raise BrainError('the image has voxels that are no numbers: replace them, by 0 in the background')
@@ -157,7 +157,7 @@ class BrainSet:
     "Subjects as tensors: item `i`, or a whole batch"
     n_inp = 1
     def __init__(self,
-        brains:Brains,
+        brains:Brains, # At least one subject, else `BrainError`
         regions:dict, # L regions, see `REGIONS`
         patch:tuple = None # (z,y,x) voxels to cut out; None: the whole volume
     ):
@@ -207,7 +207,7 @@ class _ToVolumes(ItemTransform):
 class BrainLoader(FilmLoader):
     "Batches of brains and region masks: in order, or (`shuffle`) an endless seeded stream cut into epochs"
     def __init__(self,
-        dataset:BrainSet,
+        dataset:BrainSet, # Subjects, regions and patch
         bs:int = 1, # Batch size; more than there are subjects is allowed: the stream repeats them
         stats:tuple = (0., 1.), # Ranks are in [0,1] and stay so
         mirror:bool = False, # Exchange left and right of every second subject; only with `augment`
@@ -219,10 +219,13 @@ class BrainLoader(FilmLoader):
         self.after_batch = Pipeline([_ToVolumes(dataset.regions, self.draws if self.augment and self.shuffle else None, mirror)])
 
     def crops(self): # (steps, B, 3) places of the patches
+        "Where the epoch's patches are cut out, as in `BrainSet.batch`: at random if shuffled, else in the middle"
         shape = len(self), self.bs, 3
         return np.random.default_rng([self.seed, 2, self.epoch]).random(shape) if self.shuffle else np.full(shape, .5)
 
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'mirror': self.mirror, **kwargs})
+    def new(self, dataset=None, cls=None, **kwargs):
+        "A loader like this one for other subjects, see `FilmLoader.new`"
+        return super().new(dataset, cls, **{'mirror': self.mirror, **kwargs})
 
 def brain_loaders(
     train:Brains, # To train on
@@ -237,7 +240,7 @@ def brain_loaders(
     workers:int = 0, # Processes that read volumes; 0 is fastest for volumes in the cache
     device = None # fastai's default device if None
 ) -> DataLoaders: # Batches: (B,M,z,y,x) float32 in [0,1]; (B,L,z,y,x) float32 of 0 and 1
-    "Training and validation batches for a fastai `Learner`"
+    "Training and validation batches for a fastai `Learner`; `BrainError` without labels, or if the two have different modalities"
     if train.modalities != valid.modalities: raise BrainError(f'modalities differ: {train.modalities} to train, {valid.modalities} to validate')
     if lacking := [b.name for b in (train, valid) if b.labels is None]: raise BrainError(f"{', '.join(lacking)}: no labels to learn from")
     dl = BrainLoader(BrainSet(train, regions, patch), bs, shuffle=True, steps=steps_per_epoch, augment=augment, mirror=mirror, seed=seed, num_workers=workers)
@@ -334,7 +337,7 @@ def load_brain(
     convert:Callable = parcellate, # (labels as stored, path=...) -> uint8 labels
     order:tuple = None # Which images of a 4-D file, in which order
 ) -> tuple: # (M,Z,Y,X) float32; (Z,Y,X) uint8 or None; `Grid`
-    "Images and labels of one subject from its files"
+    "Images and labels of one subject from its files; `BrainError` if they are damaged, or do not lie on one grid"
     try:
         parts = [read_nifti(p) for p in images] if order is None else _read_4d(images[0], order)
         files, grid = images if order is None else images * len(order), parts[0][1]
@@ -496,7 +499,7 @@ def split_brats(
     total:int = None, # Patients to use; None: 255, or all if there are fewer
     seed:int = 0 # Another seed, another split
 ) -> dict: # 'test', 'chosen', 'left out': row numbers; '4%', '8%', '100%': 'train' and 'valid' -> row numbers
-    "The paper's split of task 3; all scans of a patient go the same way"
+    "The split of task 3 (Section 4.2, Table 1); all scans of a patient go the same way"
     codes = _who(cases)
     n = len(np.unique(codes))
     total = min(255, n) if total is None else total
@@ -515,7 +518,7 @@ def split_hcp(
     cases = 58, # List of cases, or their number
     seed:int = 0 # Another seed, another split
 ) -> dict: # 'task 1', 'task 2', 'all': 'train' and 'valid' -> row numbers; 'test': row numbers
-    "The paper's split of tasks 1 and 2, in proportion if there are not 58 subjects; 'all' is both tasks together"
+    "The split of tasks 1 and 2 (Section 4.2, Table 1), in proportion if there are not 58 subjects; 'all' is both tasks together"
     codes = _who(cases)
     n = len(np.unique(codes))
     if n < 5: raise BrainError(f'{n} subjects are too few: the three parts need 2, 2 and 1')

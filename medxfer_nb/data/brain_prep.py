@@ -26,7 +26,7 @@ def n4(
     shrink:int = 4, # Estimate on every such voxel along each axis
     iterations:tuple = (50, 50, 50, 50) # At most, for each level of the B-spline
 ) -> np.ndarray: # (Z,Y,X) float32
-    "N4 bias-field correction (Tustison 2010)"
+    "N4 bias-field correction (Tustison 2010), which Section 4.2 applies to BraTS; `BrainError` if `shrink` leaves too little"
     image = np.asarray(image, np.float32)
     mask = image > 0 if mask is None else np.asarray(mask, bool)
     if image.ndim != 3 or mask.shape != image.shape: raise BrainError(f'an image (Z,Y,X) and a mask of its shape are needed, got {image.shape} and {mask.shape}')
@@ -42,7 +42,7 @@ def n4(
 def common_foreground(
     images:Iterable # (...,Z,Y,X) arrays of one size; 0 is background
 ) -> tuple: # Three slices, along z, y, x
-    "Smallest box outside of which all images are 0"
+    "Smallest box outside of which all images are 0; `BrainError` if there is none, or the sizes differ"
     size, seen = None, None
     for image in images:
         inside = np.asarray(image).any(tuple(range(np.ndim(image) - 3)))
@@ -77,7 +77,7 @@ def crop(
     array:np.ndarray, # (...,Z,Y,X)
     box:tuple # ((start, stop), ...)
 ) -> np.ndarray: # (...,z,y,x), 0 where the box reaches beyond the volume
-    "The part of a volume in a box"
+    "The part of a volume in a box; `BrainError` if the box lies outside"
     there, here = _overlap(box, array.shape[-3:])
     out = np.zeros((*array.shape[:-3], *(b - a for a, b in box)), array.dtype)
     out[(..., *here)] = array[(..., *there)]
@@ -155,7 +155,7 @@ def prepare(
     shape:tuple, # (z,y,x) voxels of the result
     bias_correct:bool = False # Run `n4` first
 ) -> tuple: # (M,z,y,x) float32 ranks; (z,y,x) uint8 or None
-    "All that is done to one subject"
+    "All that is done to one subject: bias correction and ranks (Section 4.2), between them box and size"
     if bias_correct: images = np.stack([n4(i) for i in images])
     images = crop(images, box)
     inside = resize_volume(images.any(0), shape) >= .5
@@ -221,7 +221,7 @@ def make_brains(
     name:str = 'brains', # For reports
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Brains: # Memory-mapped
-    "Pre-processed brains of all cases, made once"
+    "Pre-processed brains of all cases, made once; `BrainError` for cases of different grids, modalities, or some without labels"
     if not cases: raise BrainError(f'{name}: no cases to make brains of')
     if len(kinds := {c.modalities for c in cases}) > 1: raise BrainError(f'{name}: cases of different modalities {sorted(kinds)}: make a set of each')
     if shape and (len(shape) != 3 or min(shape) < 1): raise BrainError(f'{name}: shape is three positive numbers of voxels, not {shape}')
@@ -243,7 +243,7 @@ def write_submission(
     path:Path, # .nii or .nii.gz file to write, e.g. a folder / f'{case.subject}.nii.gz'
     box:tuple = None # `Brains.box` of what the network saw; None: the whole volume
 ) -> Path: # `path`
-    "BraTS labels on the publisher's grid"
+    "BraTS labels on the publisher's grid, for the online validation set of Section 4.2"
     outputs, box = np.asarray(outputs), box or tuple((0, n) for n in grid.size)
     if outputs.ndim != 4 or len(outputs) != 3: raise BrainError(f'outputs are (3,z,y,x): ET, TC, WT, not of shape {outputs.shape}')
     if not (outputs.min() >= 0 and outputs.max() <= 1): raise BrainError('outputs are masks or probabilities between 0 and 1: apply the sigmoid first')
@@ -258,7 +258,7 @@ def read_scores(
     path:Path, # .csv of the leaderboard
     cases:list = None # BrainCase that were submitted; None: in the order of the file
 ) -> pd.DataFrame: # index 1, 2, ...: Dice_ET, Dice_WT, Dice_TC and the other columns, numbers
-    "Scores of each subject"
+    "Dice of each subject, 0..1, from the leaderboard's table; `BrainError` names columns and subjects that are missing"
     try: table = pd.read_csv(path, skipinitialspace=True)
     except (OSError, ValueError) as e: raise BrainError(f'{path}: cannot read as a table: {e}') from e
     if missing := [c for c in ('Label', *_DICE) if c not in table]:

@@ -75,7 +75,7 @@ def check_size(
     columns:int, # Width that the header claims
     error:type=CaseError # What to raise
 ) -> None:
-    "Refuse an impossible size before anything is allocated"
+    "Refuse an impossible size before anything is allocated: raise `error` unless there are 1 to `MAX_PIXELS` pixels"
     if not (rows > 0 and columns > 0 and rows * columns <= MAX_PIXELS):
         raise error(f"{path}: claims {rows} x {columns} pixels; between 1 and {MAX_PIXELS:,} are accepted: is the file damaged?")
 
@@ -105,7 +105,7 @@ def open_raster(
 def read_gray(
     path:Path # A PNG or JPEG file
 ) -> np.ndarray: # (H,W) uint8
-    "Gray pixels of an 8-bit image file"
+    "Gray pixels of an 8-bit image file; `CaseError` if it is damaged or has more bits"
     with open_raster(path) as im:
         _need(im.mode in ('L', 'RGB', 'P', '1', 'LA', 'RGBA'), f"{path}: mode {im.mode} is not 8 bits per channel; give Cases another `read`")
         return np.asarray(im.convert('L'))
@@ -176,7 +176,7 @@ def subset(
     indices, # Row numbers (in the wanted order), or a bool mask of length N
     name:str = None # Name of the subset; as before if None
 ) -> Cases:
-    "The chosen cases, in the order given"
+    "The chosen cases, in the order given; `CaseError` for rows that there are not"
     at = np.asarray(indices)
     if at.dtype == bool:
         _need(at.shape == (len(self),), f"a mask must have shape ({len(self)},), got {at.shape}")
@@ -204,7 +204,7 @@ def image(
     self:Cases,
     i:int # Row number
 ) -> np.ndarray: # (H,W) uint8
-    "Gray pixels of case `i`"
+    "Gray pixels of case `i`; `CaseError` names row and file if they cannot be read"
     if self.pixels is not None: return self.pixels[i]
     path = self.root/self.frame['path'].iat[i]
     where = f"row {i}, {self.frame['source'].iat[i]}" if 'source' in self.frame else f"row {i}" # a reader's file and line

@@ -38,7 +38,7 @@ SPACINGS, FARTHEST = (1e-3, 1e3), 1e6 # mm: from the finest microscope's to more
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    "Where the voxels of a file lie: enough to leave its axes and to come back"
+    "Where the voxels of a file lie: enough to leave its axes and to come back; `CTError` for an affine that cannot be"
     shape:tuple # Of the stored array, three axes
     affine:np.ndarray # (4,4) stored voxel numbers to mm (right, anterior, superior)
     header:object = None # Geometry part of a NIfTI header; None: not from a NIfTI file
@@ -116,7 +116,7 @@ class Grid:
         return float(np.linalg.norm(((self.normalised - other.normalised) @ corners)[:3], axis=0).max())
 
     def fits(self,
-        other:'Grid'
+        other:'Grid' # Of any size; another size never fits
     ) -> bool:
         "Whether every voxel has its counterpart at the same place, to a tenth of a voxel"
         return self.size == other.size and self.distance(other) < .1 * min(self.spacing)
@@ -228,7 +228,7 @@ def save_nifti(
     grid:Grid, # Of the scan that it belongs to
     path:Path # .nii or .nii.gz file to write
 ) -> Path: # `path`
-    "Write a volume so that it overlays its scan; there is never a half-written file"
+    "Write a volume so that it overlays its scan; there is never a half-written file; `CTError` for another shape than the scan's"
     path = Path(path)
     if not path.name.endswith(('.nii', '.nii.gz')): raise CTError(f'{path}: the name must end in .nii or .nii.gz')
     data = grid.restore(_storable(np.asarray(array)))
@@ -286,7 +286,7 @@ def restore_window(
     image:np.ndarray, # Gray values, 0..255
     window = 'lung' # A name in `WINDOWS`, or the HU that became 0 and 255
 ) -> np.ndarray: # float32 HU
-    "Undo a display window"
+    "Undo a display window; `CTError` for one that is unknown or upside down"
     if isinstance(window, str) and window not in WINDOWS: raise CTError(f"no window '{window}': choose from {', '.join(WINDOWS)}, or give its ends in HU")
     low, high = WINDOWS[window] if isinstance(window, str) else window
     if not low < high: raise CTError(f'a window goes from low to high HU, not from {low} to {high}')
@@ -329,7 +329,7 @@ def merge_labels(
     mapping:dict, # label -> class (0..255); 0 is background unless it says otherwise
     path:Path = 'mask' # For the messages
 ) -> np.ndarray: # uint8 classes
-    "Labels to classes; what the mapping does not explain is an error"
+    "Labels to classes; `CTError` for what the mapping does not explain"
     mapping = {0: 0, **mapping}
     found = np.unique(mask)
     fractional = [v for v in found if not float(v).is_integer()]
@@ -378,7 +378,7 @@ def load_case(
     window = 'lung', # For scans of 0..255, see `restore_window`
     flipped:bool = False # Exchange front and back: the headers have them wrong
 ) -> Volume:
-    "Scan and masks from NIfTI files"
+    "Scan and masks from NIfTI files; `CTError` if a mask does not lie on its scan"
     array, grid = read_nifti(scan)
     mask = np.zeros(grid.size, np.uint8)
     for path, mapping in masks:
@@ -563,7 +563,7 @@ def split_cases(
     seed:int = 0, # Another seed, another split
     by:str = 'patient' # 'patient': no patient on two sides; 'scan': every scan for itself
 ) -> dict: # 'train', 'valid', 'test' -> list of CTCase, in the order of `cases`
-    "An exact random split"
+    "An exact random split; the default counts are those of Section III; `CTError` if no deal of patients gives them"
     if by not in ('patient', 'scan'): raise CTError(f"by must be 'patient' or 'scan', not '{by}'")
     if len(counts) != 3 or min(counts) < 1: raise CTError(f'counts are three positive numbers of scans, not {counts}')
     if sum(counts) != len(cases): raise CTError(f"{' + '.join(map(str, counts))} = {sum(counts)} scans are wanted, there are {len(cases)}: change counts")
@@ -793,7 +793,7 @@ def read_decathlon(
     task:str, # Such as 'Task06_Lung'
     window = 'lung' # For scans of 0..255, see `restore_window`
 ) -> tuple[list, tuple]: # CTCase of the training set; names of the labels 0, 1, 2, ...
-    "One CT task of the Medical Segmentation Decathlon, http://medicaldecathlon.com"
+    "One CT task of the Medical Segmentation Decathlon, http://medicaldecathlon.com; `CTError` if it is not complete, or of another modality"
     folder = Path(root)/task
     d = _describe(folder)
     pairs = [(folder/p['image'], folder/p['label']) for p in d['training']]

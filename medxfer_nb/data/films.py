@@ -149,7 +149,7 @@ def load_anatomy(
 @dataclass(frozen=True)
 class Cohort:
     "How the films of one virtual hospital are made"
-    name:str
+    name:str # Its key in `COHORTS`
     plays:str # The public data set whose part it plays
     labels:tuple # C names
     prevalence:tuple # (C,) share of films with the finding
@@ -228,7 +228,7 @@ def _severities(
     return np.where(excess > 0, low + (high - low) * excess, 0)
 
 def draw_films(
-    cohort:Cohort,
+    cohort:Cohort, # One of `COHORTS`
     split:str, # 'train', 'valid', 'test' or 'calibrate'
     n:int # Films
 ) -> list: # n films, 1 to 3 a patient
@@ -288,7 +288,7 @@ def _random_knots(
     return torch.from_numpy(rng.standard_normal((knots, knots, knots, channels)).astype(np.float32))
 
 def smooth_field(
-    rng:np.random.Generator,
+    rng:np.random.Generator, # Draws the control points
     shape:tuple, # (H,D,W)
     knots:int # Control points along each axis: the more, the finer
 ) -> torch.Tensor: # (H,D,W)
@@ -320,8 +320,8 @@ def _film_knots(
     return torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
 
 def patient_points(
-    film:Film,
-    anatomy:Anatomy,
+    film:Film, # Whose pose and body
+    anatomy:Anatomy, # The reduced CT
     rows:int # Rows and columns of the film
 ) -> torch.Tensor: # (H,D,W,3) mm in the CT
     "Where in the CT each point of a ray lies: the film's pose, then the patient's affine and elastic warp, all on the control points"
@@ -348,7 +348,7 @@ def sample(
 @dataclass(eq=False)
 class Scene:
     "A patient between warp and projection; findings change `hu`"
-    anatomy:Anatomy
+    anatomy:Anatomy # The reduced CT
     at:torch.Tensor # (H,D,W,3) mm: place in the CT
 
     def __post_init__(self): self.move(self.at)
@@ -412,9 +412,9 @@ def _raise_diaphragm(
     return torch.cat([at[..., :1] - height * bump[..., None], at[..., 1:]], -1)
 
 def atelectasis(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "A lobe that shrinks and densifies (its mass stays, so HU + 1000 grows as the volume falls), the diaphragm drawn up"
     lobe = int(rng.choice(list(LOBES.values()), p=[.12, .33, .12, .1, .33]))
@@ -426,9 +426,9 @@ def atelectasis(
 
 # %% ../../nbs/api/data/04_films.ipynb #6697ead2
 def cardiomegaly(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "The heart dilated into the lungs, more to the left"
     heart = scene.anatomy.points(HEART)
@@ -437,9 +437,9 @@ def cardiomegaly(
     scene.blend(scene.grown(HEART, anchor, (1 + .7 * (k - 1), k, k), LUNGS), 40.)
 
 def effusion(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "Fluid in the lower part of one lung, sometimes both: level below, meniscus that climbs the chest wall"
     sides = (('left',), ('right',), ('left', 'right'))[rng.choice(3, p=[.35, .45, .2])]
@@ -453,9 +453,9 @@ def effusion(
 
 # %% ../../nbs/api/data/04_films.ipynb #6aaead06
 def consolidation(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "A part of one lobe filled to about -80 HU, ragged at the edge"
     lobe = int(rng.choice(list(LOBES.values())))
@@ -466,9 +466,9 @@ def consolidation(
     scene.blend(scene.inside(lobe) * torch.sigmoid((1 - ragged) * 6) * (.6 + .4 * severity), -80.)
 
 def edema(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "Patchy density around both hila, fading towards the pleura"
     a = scene.anatomy
@@ -481,9 +481,9 @@ def edema(
 
 # %% ../../nbs/api/data/04_films.ipynb #a8dd7af3
 def bone_lesion(
-    scene:Scene,
+    scene:Scene, # Changed in place
     severity:float, # 0..1
-    rng:np.random.Generator
+    rng:np.random.Generator # The patient's, for this finding
 ) -> None:
     "A dense lesion, or a break whose upper part stands to one side, in a vertebra or a rib near it"
     p = scene.anatomy.points(*LESION_SITES)
@@ -502,8 +502,8 @@ FINDINGS = dict(zip(OBSERVATIONS, (atelectasis, cardiomegaly, consolidation, ede
 
 # %% ../../nbs/api/data/04_films.ipynb #fe99cd2e
 def make_scene(
-    film:Film,
-    anatomy:Anatomy,
+    film:Film, # Pose, view and severities
+    anatomy:Anatomy, # The reduced CT
     rows:int # Rows and columns of the film
 ) -> Scene:
     "The patient of a film, posed, with every finding of that film"
@@ -558,9 +558,9 @@ def develop(
     return image.clamp(0, 1)
 
 def render(
-    film:Film,
+    film:Film, # As `draw_films` makes it
     size:int, # Pixels along each side
-    anatomy:Anatomy
+    anatomy:Anatomy # The reduced CT, see `load_anatomy`
 ) -> np.ndarray: # (size,size) uint8
     "One film; a small one is rendered finer, at up to twice its size and 96 px, and averaged"
     scene = make_scene(film, anatomy, max(size, min(96, 2 * size)))
@@ -645,7 +645,7 @@ def virtual_films(
     cache:Path = None, # Folder for rendered films; None: `cache_dir()/films`
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Cases: # pixels memory-mapped
-    "Films of virtual patients, rendered once; a damaged or unfinished pool is rendered again"
+    "Films of virtual patients, rendered once; a damaged or unfinished pool is rendered again; `CaseError` for unknown names or impossible sizes"
     _index(cohort, COHORTS, 'cohort')
     if n < 1 or size < 32: raise CaseError(f"n must be at least 1 and size at least 32; got {n} and {size}")
     folder = Path(cache) if cache else cache_dir()/'films'

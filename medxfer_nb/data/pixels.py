@@ -145,7 +145,7 @@ def check_inflated(
     path:Path, # DICOM file
     error:type=PixelError # What to raise
 ) -> None:
-    "Refuse a deflated file that would fill the memory"
+    "Refuse a deflated file that would fill the memory: raise `error` beyond `MAX_INFLATED` bytes"
     if read_file_meta_info(path).get('TransferSyntaxUID') != DeflatedExplicitVRLittleEndian: return
     inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
     with open(path, 'rb') as f:
@@ -197,11 +197,11 @@ def _codestream_size(
     return None
 
 def check_pixel_data(
-    path:Path,
+    path:Path, # Of the file, for the message
     ds:Dataset, # With PixelData
     error:type=PixelError # What to raise
 ) -> None:
-    "The pixels are those that the header tells, neither more nor larger ones"
+    "The pixels are those that the header tells, neither more nor larger ones; else raise `error`"
     if 'PixelData' not in ds: raise error(f'{path}: no Pixel Data in it')
     check_size(path, ds.Rows, ds.Columns, error)
     told = f'{ds.Rows} x {ds.Columns} pixels'

@@ -28,7 +28,7 @@ def window_to_unit(
     low:float = -1000., # HU that becomes 0: air
     high:float = 0. # HU that becomes 1: water
 ) -> np.ndarray: # float32 in [0,1]
-    "Clip and scale, Section II.A"
+    "Clip and scale (Section II.A of the L2-SP paper); `CTError` unless low < high"
     if not low < high: raise CTError(f'a window goes from low to high HU, not from {low} to {high}')
     return ((np.clip(hu, low, high, dtype=np.float32) - np.float32(low)) / np.float32(high - low)).astype(np.float32, copy=False)
 
@@ -38,7 +38,7 @@ def resize_slices(
     size:int, # Side of the square wanted, px
     order:str = 'bilinear' # 'bilinear' for images, 'nearest' for masks
 ) -> np.ndarray: # (N,size,size) float32 if bilinear, else as `stack`
-    "Slices of the network's size; sides of different length are scaled differently"
+    "Slices of the network's size (Section II.A: 384 px); sides of different length are scaled differently"
     if order not in ('bilinear', 'nearest'): raise CTError(f"order must be 'bilinear' or 'nearest', not '{order}'")
     if size < 1 or stack.ndim != 3: raise CTError(f'slices (N,H,W) and a positive size are needed, got shape {stack.shape} and size {size}')
     if order == 'nearest' and stack.shape[1:] == (size, size): return np.array(stack)
@@ -80,10 +80,14 @@ class Slices:
         return f'Slices({self.name}: {len(self)} of {self.size}x{self.size} px, {volumes} volumes, {patients} patients)'
 
     @property
-    def n_classes(self) -> int: return len(self.class_names)
+    def n_classes(self) -> int:
+        "C, the background among them"
+        return len(self.class_names)
 
     @property
-    def size(self) -> int: return self.pixels.shape[1]
+    def size(self) -> int:
+        "S, the side of a slice, px"
+        return self.pixels.shape[1]
 
     @property
     def patient_codes(self) -> np.ndarray: # (N,) int64
@@ -188,7 +192,7 @@ def make_slices(
     window:tuple = (-1000., 0.), # HU that become 0 and 1; Section II.A
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Slices: # Memory-mapped
-    "Pre-processed slices of all cases, made once"
+    "Pre-processed slices of all cases, made once; `CTError` for a case without mask, or with more labels than `class_names`"
     if not cases: raise CTError(f'{name}: no cases to make slices of')
     if size < 1: raise CTError(f'size must be a positive number of pixels, got {size}')
     if keep not in (None, 'labelled'): raise CTError(f"keep must be None or 'labelled', not {keep!r}")
@@ -208,7 +212,7 @@ class SliceSet:
     "Slices as tensors: item `i`, or a whole batch"
     n_inp = 1
     def __init__(self,
-        slices:Slices
+        slices:Slices # At least one, else `CTError`
     ):
         if len(slices) == 0: raise CTError(f'{slices.name}: no slices to make batches of')
         self.slices, self.vocab, self.c = slices, list(slices.class_names), slices.n_classes
@@ -220,7 +224,9 @@ class SliceSet:
         "Patient of each slice, for splits"
         return self.slices.patient_codes
 
-    def subset(self, rows) -> 'SliceSet':
+    def subset(self,
+        rows # Row numbers, a bool mask, or a slice
+    ) -> 'SliceSet':
         "The chosen slices, see `Slices.subset`"
         return SliceSet(self.slices.subset(rows))
 
@@ -249,7 +255,7 @@ class _Plain(Transform):
 class SliceLoader(FilmLoader):
     "Batches of slices and masks: in order, or (`shuffle`) an endless seeded stream cut into epochs"
     def __init__(self,
-        dataset:SliceSet,
+        dataset:SliceSet, # Slices and masks
         bs:int = 8, # Batch size; more than there are slices is allowed: the stream repeats them
         stats:tuple = (0., 1.), # Slices are in [0,1] and stay so
         **kwargs # `shuffle`, `steps`, `augment`, `seed` as for `FilmLoader`; the rest as for fastai's `TfmdDL`
@@ -268,7 +274,7 @@ def slice_loaders(
     workers:int = 0, # Processes that read slices; 0 is fastest for slices in the cache
     device = None # fastai's default device if None
 ) -> DataLoaders: # Batches: (B,1,S,S) float32 `TensorImageBW` in [0,1]; (B,S,S) int64
-    "Training and validation batches for a fastai `Learner`"
+    "Training and validation batches for a fastai `Learner`; `CTError` if the two have different classes"
     if train.class_names != valid.class_names: raise CTError(f'classes differ: {train.class_names} to train, {valid.class_names} to validate')
     dl = SliceLoader(SliceSet(train), bs, shuffle=True, steps=steps_per_epoch, augment=augment, seed=seed, num_workers=workers)
     return DataLoaders(dl, SliceLoader(SliceSet(valid), bs, num_workers=workers), device=device or default_device())

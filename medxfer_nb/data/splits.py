@@ -19,7 +19,7 @@ def split_patients(
     fractions:dict[str,float], # Name of each part -> fraction of the patients; they add up to 1
     seed:int # Another seed, another split
 ) -> dict[str,np.ndarray]: # Name of each part -> row numbers, ascending; together all rows, each once
-    "Deal patients out at random, with all their cases"
+    "Deal patients out at random, with all their cases; `SplitError` if a part would be empty"
     shares = np.array(list(fractions.values()), dtype=float)
     if not len(shares) or not (shares > 0).all() or abs(shares.sum()-1) > 1e-6:
         raise SplitError(f'fractions must be positive and add up to 1, got {fractions}')
@@ -60,7 +60,7 @@ def _null_vector(
 def balanced_rounding(
     pi:np.ndarray, # (G,) in [0,1]
     a:np.ndarray, # (R,G) what each unit adds to each count; the first row is kept to the end
-    rng:np.random.Generator
+    rng:np.random.Generator # Decides the order of the units and each rounding
 ) -> np.ndarray: # (G,) 0 or 1; on average `pi`, and with a @ result close to a @ pi
     "The cube method: round probabilities at random without moving the counts"
     pi,a = pi.astype(float), np.asarray(a, dtype=float)
@@ -117,7 +117,7 @@ def draw_subset(
     seed:int = 0, # Of all draws
     min_per_class:int = 5 # Positives and negatives that each label must have at least
 ) -> np.ndarray: # (n,) row numbers, ascending
-    "A random subset of cases in which every label value keeps its proportion"
+    "A random subset of cases in which every label value keeps its proportion; `SplitError` if a label has too few of a class"
     targets = np.asarray(targets, dtype=float)
     total = len(targets)
     size = n*total + 1e-9 if isinstance(n, float) else n # room for 0.1*70 = 7.000...01 and its like

@@ -54,7 +54,7 @@ TUMOUR = { # label; signal as above
 @dataclass(frozen=True)
 class SubjectCohort:
     "How the images of one virtual study are made"
-    name:str
+    name:str # Its key in `SUBJECT_COHORTS`
     plays:str # The public data set whose part it plays
     splits:tuple # Names; no subject is in two
     contrasts:tuple # Of `TUMOUR_MODALITIES`
@@ -95,7 +95,7 @@ def _index(
 @dataclass(frozen=True)
 class Subject:
     "What is drawn before anything is rendered"
-    cohort:SubjectCohort
+    cohort:SubjectCohort # One of `SUBJECT_COHORTS`
     split:str # One of the cohort's
     number:int # Number in the split
 
@@ -188,7 +188,7 @@ def _spline(
     return (y @ (z @ c.flatten(2)).unflatten(2, c.shape[2:])) @ x.T
 
 def subject_points(
-    subject:Subject,
+    subject:Subject, # Whose pose and body
     n:int # Points along each side of the cube
 ) -> torch.Tensor: # (n,n,n,3) mm in the template
     "Where in the template each point of the subject's cube lies: pose, size, coarse and fine warp"
@@ -217,7 +217,7 @@ def tumour_sites() -> torch.Tensor: # (N,3) mm in the template
     return at[sample(a.depth, at[None, None], a.extent)[0, 0] > 10]
 
 def draw_tumour(
-    subject:Subject
+    subject:Subject # Its cohort tells the ranges
 ) -> Tumour|None: # None: a healthy cohort
     "Size, parts and places"
     c, rng, points = subject.cohort, subject.seed('tumour'), tumour_sites()
@@ -232,7 +232,7 @@ def draw_tumour(
 
 def push_aside(
     at:torch.Tensor, # (Z,Y,X,3) mm in the template
-    tumour:Tumour
+    tumour:Tumour # Its first site, volume, core and push
 ) -> torch.Tensor: # (Z,Y,X,3) mm in the template
     "Mass effect: a tumour's core pushes the tissue around it outwards, but not through the skull"
     a, away = load_atlas(), at - torch.tensor(tumour.sites[0])
@@ -304,7 +304,7 @@ class BrainScene:
         return sample(volume, self.place[None, None], load_atlas().extent)[0, 0]
 
     def field(self,
-        rng:np.random.Generator,
+        rng:np.random.Generator, # Draws the control points
         knots:int # Control points along each axis: the more, the finer
     ) -> torch.Tensor: # (M,)
         "A random smooth field of variance about 1"
@@ -320,13 +320,13 @@ class BrainScene:
 
     @property
     def mm3(self) -> float:
-        "Volume of a point's cell"
+        "Volume of a point's cell, mm3"
         return (FRAME / len(self.at))**3
 
 # %% ../../nbs/api/data/09_subjects.ipynb #834b7b90
 def widen_ventricles(
-    scene:BrainScene,
-    subject:Subject
+    scene:BrainScene, # Changed in place
+    subject:Subject # Whose age
 ) -> None:
     "White matter next to the lateral ventricles gives way to them, as it does with age"
     away = scene.value(load_atlas().ventricle)
@@ -343,9 +343,9 @@ def _level(
     return float(score.kthvalue(max(1, min(len(score) - 1, round(1000 * cm3 / mm3)))).values)
 
 def grow(
-    scene:BrainScene,
-    tumour:Tumour,
-    rng:np.random.Generator
+    scene:BrainScene, # Changed in place
+    tumour:Tumour, # Sites, volume and parts
+    rng:np.random.Generator # The subject's, for the growth
 ) -> None:
     "Edema runs along white matter, the core grows rounder, its middle dies; sets labels and the parts' weights"
     solid = ~torch.from_numpy(_is_in(scene.ids, FLUID))
@@ -383,8 +383,8 @@ def _tissue_table() -> torch.Tensor: # (ids,)
     return table
 
 def paint(
-    scene:BrainScene,
-    subject:Subject
+    scene:BrainScene, # With its tumour, if there is one
+    subject:Subject # Whose contrasts and signals
 ) -> torch.Tensor: # (contrasts,M)
     "Signal of tissues, of old white matter and of the tumour, with texture"
     c, rng = subject.cohort, subject.seed('signal')
@@ -413,8 +413,8 @@ def _slices(
 def acquire(
     signal:torch.Tensor, # (contrasts,n,n,n), 0 outside the brain
     inside:torch.Tensor, # (n,n,n) bool
-    subject:Subject,
-    size:int # Voxels along each side
+    subject:Subject, # Whose scanner
+    size:int # Voxels along each side; n is a multiple of it
 ) -> np.ndarray: # (contrasts,size,size,size) float32, 0 outside the brain
     "Slices, partial volumes, receiver field and Rician noise; arbitrary units"
     c, rng, f = subject.cohort, subject.seed('scanner'), len(inside) // size
@@ -457,8 +457,8 @@ def _supersampled(size:int) -> int:
     return max(1, -(-96 // size))
 
 def render_subject(
-    subject:Subject,
-    size:int # Voxels along each side
+    subject:Subject, # A number in a split of a cohort
+    size:int # Voxels along each side of the cube of 176 mm
 ) -> tuple: # (contrasts,size,size,size) float32; (size,size,size) uint8 labels; (size,size,size) int32 FreeSurfer ids
     "One subject: images in arbitrary units with background 0, the cohort's labels, and the anatomy behind them"
     f, tumour = _supersampled(size), draw_tumour(subject)
@@ -535,7 +535,7 @@ def virtual_brains(
     cache:Path = None, # Folder for rendered subjects; None: `cache_dir()/subjects`
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Brains: # Rank-normalised, memory-mapped
-    "Virtual subjects, rendered once; a damaged or unfinished pool is rendered again"
+    "Virtual subjects, rendered once; a damaged or unfinished pool is rendered again; `BrainError` for unknown names or impossible sizes"
     if n < 1: raise BrainError(f'at least 1 subject is needed, got {n}')
     subjects = [_subject(cohort, split, i, size) for i in range(n)]
     c, folder = subjects[0].cohort, Path(cache) if cache else cache_dir()/'subjects'

@@ -26,7 +26,7 @@ from .slices import Slices, window_to_unit
 @dataclass(frozen=True)
 class CTCohort:
     "How the scans of one virtual hospital are made"
-    name:str
+    name:str # Its key in `CT_COHORTS`
     plays:str # The public data set whose part it plays
     tasks:tuple # Names in `TASKS`
     share:tuple = (0., 0.) # Range of the lesions' share of the lungs, drawn log-uniformly; (0, 0): no lesions
@@ -59,7 +59,7 @@ SPAN = (-25., 370.) # mm: from below the CT to above it, so that every warped lu
 @dataclass(frozen=True)
 class CTPatient:
     "What is drawn before anything is rendered"
-    cohort:CTCohort
+    cohort:CTCohort # One of `CT_COHORTS`, perhaps with another thickness
     split:str # 'train', 'valid', 'test' or 'calibrate'
     number:int # Number in the split
 
@@ -109,8 +109,8 @@ def _frame_knots(
     return torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
 
 def axial_points(
-    patient:CTPatient,
-    anatomy:Anatomy,
+    patient:CTPatient, # Whose body and frame
+    anatomy:Anatomy, # The reduced CT
     size:int # Rows and columns of a slice
 ) -> torch.Tensor: # (Z,size,size,3) mm in the CT
     "Where in the CT each voxel of the frame lies"
@@ -123,8 +123,8 @@ def axial_points(
     return _evaluate(knots, (patient.slices, size, size))
 
 def lung_slices(
-    patient:CTPatient,
-    anatomy:Anatomy
+    patient:CTPatient, # Whose body and frame
+    anatomy:Anatomy # The reduced CT
 ) -> range: # Of the slices of `SPAN`
     "The slices that hold lung, found on a coarse grid, and the cohort's part of the abdomen"
     at = axial_points(patient, anatomy, 48)
@@ -196,7 +196,7 @@ class AxialScene(Scene):
         return sample(self.anatomy.hu, at, self.anatomy.extent).masked_fill(self.beyond, -1000)
 
     def field(self,
-        rng:np.random.Generator,
+        rng:np.random.Generator, # Draws the control points
         knots:int # Control points along each axis: the more, the finer
     ) -> torch.Tensor: # (M,)
         "A random smooth field of variance about 1 in and around the lungs"
@@ -212,8 +212,8 @@ class AxialScene(Scene):
         self.hu[self.near] = now + weight * (hu - now).clamp(min=0)
 
 def axial_scene(
-    patient:CTPatient,
-    anatomy:Anatomy,
+    patient:CTPatient, # Whose body and frame
+    anatomy:Anatomy, # The reduced CT
     size:int # Rows and columns of a slice
 ) -> AxialScene:
     "The patient's slices, still without disease"
@@ -222,8 +222,8 @@ def axial_scene(
 
 # %% ../../nbs/api/data/07_volumes.ipynb #44a48e92
 def breathe(
-    scene:AxialScene,
-    rng:np.random.Generator
+    scene:AxialScene, # Changed in place
+    rng:np.random.Generator # The patient's, for the lungs
 ) -> None:
     "Motion during the scan: the average of two positions, further apart towards the base"
     base = _lung_box()[0][0]
@@ -232,8 +232,8 @@ def breathe(
     scene.hu = (scene.density(scene.at + shift) + scene.density(scene.at - shift)) / 2
 
 def ventilate(
-    scene:AxialScene,
-    rng:np.random.Generator
+    scene:AxialScene, # Changed in place
+    rng:np.random.Generator # The patient's, for the lungs
 ) -> None:
     "Breath, gravity and air trapping scale the density of the lungs; a fine texture is added; vessels stay"
     c, now = scene.patient.cohort, scene.hu[scene.near]
@@ -242,8 +242,8 @@ def ventilate(
     scene.hu[scene.near] = now + factor * (now + 1000).clamp(0, 300) + c.texture * scene.field(rng, 56)
 
 def collapse(
-    scene:AxialScene,
-    rng:np.random.Generator
+    scene:AxialScene, # Changed in place
+    rng:np.random.Generator # The patient's, for the lungs
 ) -> None:
     "Dependent atelectasis: a hazy, patchy band along the back of the lungs; not a lesion"
     strength = .8 * rng.uniform() * (rng.uniform() < .7) * scene.patient.cohort.mimics
@@ -264,7 +264,7 @@ def lesion_sites() -> tuple: # (N,3) mm; (N,) probabilities
     return points, (weight.double() / weight.double().sum()).numpy()
 
 def closeness(
-    scene:AxialScene,
+    scene:AxialScene, # Its M voxels in and around the lungs
     foci:Iterable, # Triples: centre (3,) mm in the CT, radius mm, flatness alpha
 ) -> torch.Tensor: # (M,) 0 in a centre, one less per radius; -inf without foci
     "How near the voxels of the lungs are to the nearest focus"
@@ -275,8 +275,8 @@ def closeness(
     return best
 
 def draw_foci(
-    patient:CTPatient,
-    rng:np.random.Generator
+    patient:CTPatient, # Whose share of the lungs
+    rng:np.random.Generator # The patient's, for the lesions
 ) -> tuple: # list of triples as in `closeness`; bool each: consolidates
     "Few small foci in mild disease, many in severe"
     points, weights = lesion_sites()
@@ -287,8 +287,8 @@ def draw_foci(
 
 # %% ../../nbs/api/data/07_volumes.ipynb #9146ee1c
 def infect(
-    scene:AxialScene,
-    rng:np.random.Generator
+    scene:AxialScene, # Changed in place
+    rng:np.random.Generator # The patient's, for the lesions
 ) -> None:
     "Ground glass with consolidated cores; sets the structure number `LESION`"
     p = scene.patient
@@ -309,7 +309,7 @@ def infect(
 # %% ../../nbs/api/data/07_volumes.ipynb #2350191b
 def scan(
     hu:torch.Tensor, # (Z,Y,X) HU
-    patient:CTPatient
+    patient:CTPatient # Whose scanner
 ) -> np.ndarray: # (Z,Y,X) float32 HU
     "Reconstruction of slices: blur, calibration error, correlated noise"
     c, rng, pixel = patient.cohort, patient.seed('scanner'), patient.spacing(hu.shape[-1])[2]
@@ -323,7 +323,7 @@ def _factor(size:int) -> int:
     return 4 if size <= 128 else 2
 
 def render_ct(
-    patient:CTPatient,
+    patient:CTPatient, # A number in a split of a cohort
     size:int, # Rows and columns of a slice
     anatomy:Anatomy = None # None: as fine as the size needs
 ) -> tuple: # (Z,size,size) float32 HU, (Z,size,size) uint8 structure numbers
@@ -446,7 +446,7 @@ def virtual_ct(
     cache:Path = None, # Folder for rendered slices; None: `cache_dir()/volumes`
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Slices: # pixels memory-mapped
-    "Axial slices of virtual patients, rendered once; a damaged or unfinished pool is rendered again"
+    "Axial slices of virtual patients, rendered once; a damaged or unfinished pool is rendered again; `CTError` for unknown names or impossible sizes"
     c, task = _named(cohort, split, task)
     if n < 1 or size < 32: raise CTError(f"n must be at least 1 and size at least 32; got {n} and {size}")
     folder = Path(cache) if cache else cache_dir()/'volumes'

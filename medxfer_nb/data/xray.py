@@ -42,7 +42,7 @@ def apply_policy(
     policy:str|dict='paper', # 'paper', 'ones', 'zeros', 'ignore', 'keep', or a dict label -> one of the last four
     labels:list=None # Label columns; all numeric ones if None
 ) -> pd.DataFrame: # A copy without -1 (unless kept), labels as float32
-    "Replace uncertain labels (Section IV.A)"
+    "Replace uncertain labels (Section IV.A of the colorization paper); `CaseError` for a rule that is unknown or lacking"
     labels = list(frame.select_dtypes('number') if labels is None else labels)
     values = frame[labels].astype('float32')
     return frame.assign(**{l: values[l].mask(values[l] == -1, v) for l,v in _rules(policy, labels).items()})

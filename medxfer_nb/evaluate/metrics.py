@@ -33,7 +33,7 @@ def auc(
     targets: np.ndarray, # (N,) 1 positive, 0 negative, NaN masked
     scores: np.ndarray, # (N,) larger means more likely positive
 ) -> float: # in [0, 1]; NaN where a class is missing
-    "Area under the ROC curve of one observation, from midranks."
+    "Area under the ROC curve of one observation, from midranks; `ValueError` for several observations, or labels but 1, 0, NaN."
     y, s = as_columns(targets, scores)
     if y.shape[1] != 1: raise ValueError(f'auc scores one observation, got {y.shape[1]}: use auc_table or mean_auc')
     y, s = y[~np.isnan(y)], s[~np.isnan(y)]
@@ -92,6 +92,7 @@ class Studies:
 
     @property
     def note(self) -> str:
+        "How many studies have films that disagree, and what is done about it; empty if none has."
         n = int(self.conflicts.reshape(len(self.studies), -1).any(1).sum())
         return f'{n} of {len(self.studies)} studies have films with different labels: positive if any film is' if n else ''
 
@@ -101,7 +102,7 @@ def per_study(
     studies: np.ndarray, # (N,) study of each film
     pool: str = 'mean', # 'mean' (MURA) or 'max' (CheXpert) of the films' scores
 ) -> Studies:
-    "Pool films into studies, so that the AUC can be taken per study."
+    "Pool films into studies, so that the AUC can be taken per study; `ValueError` for a film without study."
     y, s = as_columns(targets, scores)
     if len(studies) != len(y): raise ValueError(f'{len(studies)} study identifiers for {len(y)} films')
     if pd.isna(studies).any(): raise ValueError('a film has no study: every film needs one')

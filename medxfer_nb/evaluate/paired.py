@@ -61,7 +61,7 @@ def paired_table(
     b: np.ndarray, # scores of b on the same patients
     level: float = .95, # of the t interval
 ) -> pd.DataFrame: # index test: difference, low, high, p, floor, n, below_floor
-    "Tests of a minus b over patients: as published, and with fewer assumptions."
+    "Tests of a minus b over patients, each patient the mean of its seeds: as published, and with fewer assumptions."
     a, b = _by_patient(a), _by_patient(b)
     t = paired_t(a, b, level)
     limits = {'t-test': t.interval}
@@ -87,13 +87,18 @@ class TwoLevelMean(Difference):
     patients_sd: float # standard deviation of the mean from the choice of patients, shared by the seeds
 
     @property
-    def n_seeds(self) -> int: return len(self.per_seed)
+    def n_seeds(self) -> int:
+        "S, trainings that differ in their seed."
+        return len(self.per_seed)
 
     @property
-    def n_patients(self) -> int: return len(self.per_patient)
+    def n_patients(self) -> int:
+        "P, test patients."
+        return len(self.per_patient)
 
     @property
     def covers(self):
+        "What the interval speaks about, in words: with one seed or one patient, less than the recipe."
         if self.n_seeds == 1: return 'this one training only, on other patients like these'
         if self.n_patients == 1: return 'other seeds, on this one patient only'
         return 'the recipe, trained with other seeds, on other patients like these'
@@ -106,7 +111,9 @@ class TwoLevelMean(Difference):
             return f'{n} {what}: their true spread may be {low:.1f} to {high:.1f} times what they show'
         return '; '.join(factor(n, what) for n, what in ((self.n_seeds, 'seeds'), (self.n_patients, 'patients')) if 1 < n < 10)
 
-    def how(self): return f"{self.n_seeds} seed{'s'*(self.n_seeds > 1)} x {self.n_patients} patient{'s'*(self.n_patients > 1)}"
+    def how(self):
+        "The numbers of seeds and patients, in words."
+        return f"{self.n_seeds} seed{'s'*(self.n_seeds > 1)} x {self.n_patients} patient{'s'*(self.n_patients > 1)}"
 
     def __str__(self):
         text = f'mean {self.estimate:+.4f}, {self.level:.0%} interval [{self.interval[0]:+.4f}, {self.interval[1]:+.4f}] ({self.how()}). Covers: {self.covers}.'
@@ -116,7 +123,7 @@ def two_level_mean(
     values: np.ndarray, # (S, P) seeds x patients, or (P,) for one seed: scores, or differences of scores
     level: float = .95, # of the interval
 ) -> TwoLevelMean:
-    "Mean with an interval over seeds and patients; with one seed, or one patient, over the other alone."
+    "Mean with an interval over seeds and patients; with one seed, or one patient, over the other alone; `ValueError` for a missing score."
     d = np.atleast_2d(np.asarray(values, float))
     if d.ndim != 2 or d.size < 2: raise ValueError(f'values must be (seeds, patients), at least two of one of them, got {np.shape(values)}')
     if not np.isfinite(d).all(): raise ValueError('values must be finite: a seed has no score for some patient')
@@ -172,7 +179,7 @@ def _compared(d, level) -> dict:
 
 def lambda_table(
     runs: pd.DataFrame, # source, lam (inf: frozen), seed, patient and the metric's column
-    metric: str = 'dice',
+    metric: str = 'dice', # column to compare
     reference: float = 0., # lambda of the same source to compare with
     level: float = .95, # of the intervals
 ) -> pd.DataFrame: # a row per source and lambda

@@ -62,12 +62,12 @@ def strategy_colours(
 
 # %% ../../nbs/api/evaluate/02_plots.ipynb #b40819c1
 def save_figure(
-    fig: plt.Figure,
+    fig: plt.Figure, # as it is: its size is that on paper
     path: str | Path, # without suffix; its folder is made if missing
-    formats: Sequence[str] = ('svg', 'pdf', 'png'),
+    formats: Sequence[str] = ('svg', 'pdf', 'png'), # any of these
     dpi: int = 300, # of the PNG
 ) -> dict[str, Path]: # format -> file
-    "Write a figure as vector and pixel files that depend on nothing but the figure."
+    "Write a figure as vector and pixel files that depend on nothing but the figure; `ValueError` for another format."
     stable = {'svg': {'Date': None, 'Creator': None}, 'pdf': {'CreationDate': None, 'Producer': None, 'Creator': None}, 'png': {'Software': None}}
     unknown = set(formats) - set(stable)
     if unknown: raise ValueError(f'formats {sorted(unknown)}: choose among {list(stable)}')
@@ -80,9 +80,9 @@ def save_figure(
 
 @paper_style()
 def footnote(
-    fig: plt.Figure,
+    fig: plt.Figure, # changed in place
     text: str, # e.g. 'virtual patients: mechanisms, not clinical numbers'
-) -> plt.Figure:
+) -> plt.Figure: # `fig`
     "Small print below a figure, under any that is there; the rest moves up to make room."
     note = next((a for a in fig.texts if a.get_gid() == 'footnote'), None)
     if note is None: note = fig.text(.995, 0, '', ha='right', va='bottom', size=mpl.rcParams['xtick.labelsize'], style='italic', color='.35', gid='footnote')
@@ -95,8 +95,8 @@ def footnote(
 
 # %% ../../nbs/api/evaluate/02_plots.ipynb #3a853700
 def mean_interval(
-    values: Sequence[float], # one per run
-    level: float = .95,
+    values: Sequence[float], # one per run; NaN is left out
+    level: float = .95, # of the interval
 ) -> tuple[float, float]: # mean and half-width of its t interval; NaN half-width for a single run
     "Mean of runs and the half-width of Student's interval."
     v = np.asarray(values, float)
@@ -218,9 +218,9 @@ def plot_observations(
 # %% ../../nbs/api/evaluate/02_plots.ipynb #5fe93c26
 def by_draw(
     runs: pd.DataFrame, # strategy, module, n_train, draw, seed and the metric's column
-    metric: str = 'mean_auc',
+    metric: str = 'mean_auc', # column to average
 ) -> pd.DataFrame: # the same columns, one row per independent repetition
-    "Average over the seeds within a draw of the training set, where there is more than one draw."
+    "Average over the seeds within a draw of the training set, where there is more than one draw (Section V.B has three)."
     keys = ['strategy', 'module', 'n_train', 'draw', 'seed']
     runs = _check(runs, [*keys, metric])[[*keys, metric]]
     several = runs.groupby(['strategy', 'module', 'n_train']).draw.transform('nunique') > 1
@@ -230,9 +230,9 @@ def by_draw(
 def differences_to(
     runs: pd.DataFrame, # strategy, module, n_train, draw, seed and the metric's column
     reference: str = 'baseline_all', # strategy to subtract
-    metric: str = 'mean_auc',
+    metric: str = 'mean_auc', # column to subtract
 ) -> pd.DataFrame: # strategy, module, n_train, draw, seed, difference; the reference itself left out
-    "Score of each run minus the reference's with the same size, draw and seed."
+    "Score of each run minus the reference's with the same size, draw and seed; `ValueError` if there is none, or several."
     keys = ['n_train', 'draw', 'seed']
     is_reference = runs.strategy == reference
     if not is_reference.any(): raise ValueError(f'no runs of the reference {reference!r}: there are {sorted(set(runs.strategy))}')
@@ -264,7 +264,7 @@ def _draw_sizes(ax, table, value, recipes, colours, level):
 def plot_sizes(
     runs: pd.DataFrame, # strategy, module, n_train, draw, seed and the metric's column
     reference: str = 'baseline_all', # strategy that the second panel subtracts
-    metric: str = 'mean_auc',
+    metric: str = 'mean_auc', # column of `runs`
     level: float = .95, # of the intervals
 ) -> plt.Figure:
     "Score against the size of the training set, and its difference to a reference strategy (Figure 6)."
@@ -316,7 +316,7 @@ def plot_curves(
 # %% ../../nbs/api/evaluate/02_plots.ipynb #fb9d4592
 def scale_colours(
     rgb: np.ndarray, # (K, 3, H, W) output of a colour module
-    percentiles: tuple[float, float] = (1, 99),
+    percentiles: tuple[float, float] = (1, 99), # of all values: they become 0 and 1
 ) -> tuple[np.ndarray, tuple[float, float]]: # (K, H, W, 3) in [0, 1], and the values that became 0 and 1
     "One robust scaling for all films and channels of a module."
     rgb = np.asarray(rgb, float)
@@ -328,7 +328,7 @@ def scale_colours(
 def plot_colours(
     films: np.ndarray, # (K, H, W) the gray input
     colours: Mapping[tuple[str, str], np.ndarray], # (module, stage) -> (K, 3, H, W)
-    percentiles: tuple[float, float] = (1, 99),
+    percentiles: tuple[float, float] = (1, 99), # as for `scale_colours`, for each column by itself
 ) -> plt.Figure:
     "Films and what each colour module makes of them at each stage (Figure 4)."
     films, columns = np.asarray(films), 1 + len(colours)

@@ -35,7 +35,9 @@ class Difference:
         return (f'a - b = {self.estimate:+.4f}, {self.level:.0%} interval [{lo:+.4f}, {hi:+.4f}] '
                 f'({self.how()}). Covers: {self.covers}.')
 
-    def how(self) -> str: raise NotImplementedError
+    def how(self) -> str:
+        "The test behind the interval, in words for print; subclasses say it."
+        raise NotImplementedError
 
 # %% ../../nbs/api/evaluate/01_stats.ipynb #b0ff5422
 def exact_floor(
@@ -51,11 +53,13 @@ class Guard:
     "A p-value that is never printed without the floor of the exact test on the same pairs."
     p: float # as the test gave it
     n: int # pairs, e.g. seeds
-    test: str = 't-test'
-    sides: int = 2
+    test: str = 't-test' # its name, for print
+    sides: int = 2 # 1 or 2
 
     @property
-    def floor(self) -> float: return exact_floor(self.n, self.sides)
+    def floor(self) -> float:
+        "Smallest p-value that an exact sign-flip test on as many pairs can give, see `exact_floor`."
+        return exact_floor(self.n, self.sides)
 
     @property
     def rests_on_assumptions(self) -> bool:
@@ -92,23 +96,27 @@ def sign_flip(
 @dataclass(frozen=True)
 class PairedT(Difference):
     "Paired t-test over runs."
-    t: float
+    t: float # Student's statistic; NaN if all differences are equal
     p: float # two-sided; NaN if all differences are equal
     n: int # pairs
 
     covers = 'the two recipes on these test patients, if their differences are normal'
 
     @property
-    def guard(self) -> Guard: return Guard(self.p, self.n)
+    def guard(self) -> Guard:
+        "The p-value with the floor of an exact test on the same pairs."
+        return Guard(self.p, self.n)
 
-    def how(self): return str(self.guard)
+    def how(self):
+        "p-value, number of pairs and floor, in words."
+        return str(self.guard)
 
 def paired_t(
     a: Sequence[float], # (n,) scores of runs of a
     b: Sequence[float], # (n,) scores of the paired runs of b (same seeds, same data)
     level: float = .95, # of the interval
 ) -> PairedT:
-    "Paired t-test of a minus b over runs (Section IV.C)."
+    "Paired t-test of a minus b over runs (Section IV.C); `ValueError` unless there are two pairs of finite scores."
     d = _paired(a, b)
     mean, n, se = d.mean(), len(d), d.std(ddof=1)/len(d)**.5
     if se <= 1e-12*np.abs(d).max(): # rounding noise is no spread: t is undefined, not infinite
@@ -135,8 +143,8 @@ def benjamini_hochberg(
 def paired_t_range(
     mean_a: float, # printed mean of a's runs
     sd_a: float, # printed standard deviation
-    mean_b: float,
-    sd_b: float,
+    mean_b: float, # the same of b
+    sd_b: float, # the same of b
     n: int, # paired runs
     decimals: int = 1, # printed decimals; every number may be off by half of the last
     ddof: int = 1, # of the printed deviations: 1 sample, 0 population
@@ -165,17 +173,19 @@ def patient_codes(
 class DeLong(Difference):
     "DeLong's test of two fixed models on one observation."
     p: float # two-sided
-    auc_a: float
-    auc_b: float
-    n_films: int
+    auc_a: float # of model a
+    auc_b: float # of model b
+    n_films: int # with a label
     n_patients: int | None # None: films taken as independent
 
     @property
     def covers(self):
+        "What the interval speaks about, in words: other patients, or other films if they are independent."
         return 'these trained models only, on other ' + ('patients' if self.n_patients else
                'films, if films are independent (one per patient)')
 
     def how(self):
+        "Both AUCs, the number of films (and patients) and the p-value, in words."
         clusters = f' of {self.n_patients} patients, Obuchowski' if self.n_patients else ''
         return f'DeLong, AUC {self.auc_a:.4f} and {self.auc_b:.4f}, {self.n_films} films{clusters}, p={self.p:.2g}'
 
@@ -204,7 +214,7 @@ def delong(
     patients: np.ndarray | None = None, # (N,) patient of each film; None: films are independent
     level: float = .95, # of the interval
 ) -> DeLong:
-    "Difference of the AUCs of two fixed models; with `patients`, the clustered version."
+    "Difference of the AUCs of two fixed models (DeLong 1988); with `patients`, clustered (Obuchowski 1997); `UndefinedAUC` if a class is missing."
     (y, a), (_, b) = as_columns(targets, scores_a), as_columns(targets, scores_b)
     if y.shape[1] != 1: raise ValueError('delong compares one observation: for a mean AUC use cluster_bootstrap')
     auc_a, auc_b = mean_auc(y, a), mean_auc(y, b)
@@ -244,16 +254,17 @@ def _resample(difference, codes, n, rng) -> tuple[np.ndarray, int]:
 @dataclass(frozen=True)
 class ClusterBootstrap(Difference):
     "Paired bootstrap over patients of the mean-AUC difference of two fixed models."
-    auc_a: float
-    auc_b: float
+    auc_a: float # mean over the labels, of model a
+    auc_b: float # of model b
     n_films: int
     n_patients: int
-    n_replicates: int
+    n_replicates: int # drawn, undefined ones included
     n_undefined: int # replicates left out because they lacked a class
 
     covers = 'these trained models only, on other patients'
 
     def how(self):
+        "Both mean AUCs, and the numbers of patients, films and replicates, in words."
         lost = f', {self.n_undefined} undefined left out' if self.n_undefined else ''
         return (f'paired bootstrap of {self.n_patients} patients with {self.n_films} films, AUC {self.auc_a:.4f} '
                 f'and {self.auc_b:.4f}, {self.n_replicates} replicates{lost}')
@@ -265,9 +276,9 @@ def cluster_bootstrap(
     patients: np.ndarray, # (N,) patient of each film
     n: int = 10_000, # replicates
     level: float = .95, # of the percentile interval
-    seed: int = 0,
+    seed: int = 0, # of the resampling
 ) -> ClusterBootstrap:
-    "Difference of the mean AUCs of two fixed models; the films of a patient move together."
+    "Difference of the mean AUCs of two fixed models; the films of a patient move together; `UndefinedAUC` if over 5% of the replicates lack a class."
     auc_a, auc_b = mean_auc(targets, scores_a), mean_auc(targets, scores_b)
     codes = patient_codes(patients, len(targets))
     drawn, lost = _resample(_differences(targets, [(scores_a, scores_b)]), codes, n, np.random.default_rng(seed))
@@ -301,6 +312,7 @@ class TwoLevelBootstrap(Difference):
                 f'cannot go below p={exact_floor(self.n_seeds):.3g}')
 
     def how(self):
+        "The numbers of seeds, patients, films and replicates, in words."
         lost = f', {self.n_undefined} undefined left out' if self.n_undefined else ''
         return (f'{self.n_seeds} seeds x {self.n_patients} patients with {self.n_films} films, '
                 f'two-level bootstrap, {self.n_replicates} replicates{lost}')
@@ -321,9 +333,9 @@ def two_level_bootstrap(
     patients: np.ndarray, # (N,) patient of each film
     n: int = 10_000, # replicates
     level: float = .95, # of the intervals
-    seed: int = 0,
+    seed: int = 0, # of the resampling
 ) -> TwoLevelBootstrap:
-    "Difference of the mean AUCs of two strategies, over seeds and over patients."
+    "Difference of the mean AUCs of two strategies, over seeds and patients; `ValueError` for one seed, `UndefinedAUC` as in `cluster_bootstrap`."
     if len(pairs) < 2: raise ValueError('a claim about a strategy needs at least two seeds: with one, use cluster_bootstrap')
     per_seed = np.array([mean_auc(targets, a) - mean_auc(targets, b) for a, b in pairs])
     codes, rng, s = patient_codes(patients, len(targets)), np.random.default_rng(seed), len(pairs)

@@ -43,7 +43,7 @@ def stack_volume(
     shape: tuple[int, int, int], # (Z, Y, X) of the original volume
     keep: int | None = None, # class whose probability is kept too
 ) -> Stacked:
-    "Slice probabilities as a label volume at its original size, one slice in memory at a time (Section II.A)."
+    "Slice probabilities as a label volume of the original size, slice by slice (Section II.A); `ValueError` for a wrong number, or no softmax."
     labels, z = np.empty(shape, np.uint8), -1
     probability = None if keep is None else np.empty(shape, np.float16)
     for z, p in enumerate(_slices(batches)):
@@ -154,10 +154,10 @@ def postprocess(
     lung_closing_mm: float = 5., # radius of the ball that closes the lungs; 0: none
     min_lesion_mm3: float = 50., # smaller lesions go; 0: none
     min_lung_share: float = .05, # smaller pieces of lung go, as a share of the largest
-    lung_label: int = 1,
-    lesion_label: int = 2,
+    lung_label: int = 1, # in `labels`
+    lesion_label: int = 2, # in `labels`
 ) -> np.ndarray: # (Z, Y, X) labels, same type
-    "Morphology and false-positive reduction from the prediction alone (Section II.A)."
+    "Morphology and false-positive reduction from the prediction alone (Section II.A); `ValueError` for any other label."
     labels = np.asarray(labels)
     _check_labels(labels, spacing, {0, lung_label, lesion_label})
     out = np.zeros_like(labels)
@@ -180,13 +180,19 @@ class Overlap:
     def _ratio(self, part, total): return part/total if total else float(self.tp + self.fp + self.fn == 0)
 
     @property
-    def dice(self) -> float: return self._ratio(2*self.tp, 2*self.tp + self.fp + self.fn)
+    def dice(self) -> float:
+        "2 tp / (2 tp + fp + fn), 0..1."
+        return self._ratio(2*self.tp, 2*self.tp + self.fp + self.fn)
 
     @property
-    def precision(self) -> float: return self._ratio(self.tp, self.tp + self.fp)
+    def precision(self) -> float:
+        "Part of the predicted mask that is true, tp / (tp + fp), 0..1."
+        return self._ratio(self.tp, self.tp + self.fp)
 
     @property
-    def recall(self) -> float: return self._ratio(self.tp, self.tp + self.fn)
+    def recall(self) -> float:
+        "Part of the true mask that is predicted, tp / (tp + fn), 0..1."
+        return self._ratio(self.tp, self.tp + self.fn)
 
     def __add__(self, other): return Overlap(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
 
@@ -195,7 +201,7 @@ def overlap(
     truth: np.ndarray, # labels, same shape
     label: int | Sequence[int] = 2, # the class, or several taken as one
 ) -> Overlap:
-    "Overlap of the predicted and the true mask of one class."
+    "Overlap of the predicted and the true mask of one class; `ValueError` for different shapes, or fractions."
     pred, truth = np.asarray(pred), np.asarray(truth)
     if pred.shape != truth.shape: raise ValueError(f'prediction {pred.shape} and truth {truth.shape} are not of one shape')
     if 'f' in (pred.dtype.kind, truth.dtype.kind): raise ValueError('labels must be whole numbers: take the most probable class first')
@@ -210,7 +216,7 @@ def volume_scores(
     spacing: Sequence[float], # mm (z, y, x)
     classes: Mapping[str, int | Sequence[int]] = {'lung': 1, 'infection': 2}, # name -> label or labels
 ) -> pd.DataFrame: # index class: dice, precision, recall, predicted_ml, truth_ml, note
-    "Scores of a volume per class, with the sizes of both masks and a note where a mask is empty."
+    "Scores of a volume per class (Dice and precision: Section III), with the sizes of both masks in ml and a note where a mask is empty."
     ml, rows = float(np.prod(spacing))/1000, {}
     for name, label in classes.items():
         o = overlap(pred, truth, label)

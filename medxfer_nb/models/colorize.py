@@ -28,7 +28,7 @@ def check_planes(
     x: Tensor, # Batch (B, in_channels, H, W)
     in_channels: int, # Channels that the module was built for
 ) -> Tensor: # `x`, unchanged
-    "Refuse a batch that a colour module cannot take."
+    "Refuse by a `ValueError` what a colour module cannot take: other planes, sides not divisible by 8, an empty batch."
     if x.ndim != 4 or x.shape[1] != in_channels or x.shape[2] % 8 or x.shape[3] % 8 or 0 in x.shape:
         raise ValueError(f'a colour module for {in_channels} channel(s) takes (B, {in_channels}, H, W) with H and W '
                          f'divisible by 8, not {tuple(x.shape)}: resize or pad the images')
@@ -36,8 +36,8 @@ def check_planes(
 
 # %% ../../nbs/api/models/00_colorize.ipynb #e151c833
 def conv_bn(
-    n_in: int, # Channels
-    n_out: int,
+    n_in: int, # Channels in
+    n_out: int, # Channels out
     **conv, # Of `nn.Conv2d`
 ) -> list[nn.Module]: # (B, n_in, H, W) -> (B, n_out, H', W')
     "Convolution, BatchNorm, LeakyReLU."
@@ -48,7 +48,9 @@ class ResBlock(Module):
     def __init__(self, width: int): # Channels in and out
         self.f = nn.Sequential(*conv_bn(width, width, kernel_size=3, padding=1), *conv_bn(width, width, kernel_size=3, padding=1))
 
-    def forward(self, x: Tensor) -> Tensor: return x + self.f(x) # (B, width, H, W)
+    def forward(self, x: Tensor) -> Tensor: # (B, width, H, W)
+        "`x`, and what two convolutions add to it."
+        return x + self.f(x)
 
 def residual_body(
     in_channels: int, # Gray planes
@@ -71,10 +73,12 @@ class DECONV(Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        "Xavier uniform kernels for the convolutions, as in the authors' module; biases and the transposed convolution stay as they are."
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.xavier_uniform_(m.weight)
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
+        "Colour a batch, mostly at a quarter of its resolution; refuses what `check_planes` refuses."
         return self.upsample(self.to_rgb(self.body(check_planes(x, self.in_channels))))
 
 # %% ../../nbs/api/models/00_colorize.ipynb #385ffd7c
@@ -98,6 +102,7 @@ class PixelShuffle(Module):
         nn.init.zeros_(conv.bias) # unequal biases would be a checkerboard too
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
+        "Colour a batch, with 4x4 sub-pixels for each place of the maps, and blur them; refuses what `check_planes` refuses."
         x = self.body(check_planes(x, self.in_channels))
         return self.blur(self.upsample(self.to_subpixels(x)))
 
@@ -105,18 +110,18 @@ class PixelShuffle(Module):
 def _lrelu(layer: nn.Module) -> list[nn.Module]: return [layer, nn.LeakyReLU(inplace=True)]
 
 def color_down(n_in: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, H/2, W/2)
-    "A step down of ColorU: two convolutions, the second with stride 2."
+    "A step down of ColorU (Section III.B): two convolutions, the second with stride 2."
     return nn.Sequential(*_lrelu(nn.Conv2d(n_in, n_out, 3, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 4, stride=2, padding=1)), nn.BatchNorm2d(n_out))
 
 def color_up(n_in: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, 2H, 2W)
-    "A step up of ColorU: a transposed convolution with stride 2, then two convolutions."
+    "A step up of ColorU (Section III.B): a transposed convolution with stride 2, then two convolutions."
     return nn.Sequential(*_lrelu(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 3, padding=1)),
                          *_lrelu(nn.Conv2d(n_out, n_out, 3, padding=1)), nn.BatchNorm2d(n_out))
 
 def color_out(n_in: int, n_mid: int, n_out: int) -> nn.Sequential: # (B, n_in, H, W) -> (B, n_out, 2H, 2W)
-    "The last step up of ColorU, which ends in a 1x1 convolution to the colours."
+    "The last step up of ColorU (Section III.B), which ends in a 1x1 convolution to the colours."
     return nn.Sequential(*_lrelu(nn.ConvTranspose2d(n_in, n_mid, 4, stride=2, padding=1)),
                          *_lrelu(nn.Conv2d(n_mid, n_mid, 3, padding=1)), nn.Conv2d(n_mid, n_out, 1))
 
@@ -131,6 +136,7 @@ class ColorU(Module):
         self.up1, self.up2, self.out = color_up(64, 32), color_up(32 + 32, 16), color_out(16 + 16, 16, 3)
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
+        "Colour a batch: three halvings, then three doublings that join the halves and quarters on the way; refuses what `check_planes` refuses."
         half = self.down1(check_planes(x, self.in_channels))
         quarter = self.down2(half)
         deep = self.up1(self.down3(quarter))
@@ -139,23 +145,26 @@ class ColorU(Module):
 
 # %% ../../nbs/api/models/00_colorize.ipynb #88c7867f
 class Replicate(Module):
-    "The mean of the gray planes, copied to three colours: the paper's baseline."
+    "The mean of the gray planes, copied to three colours: the paper's baseline (Section V.A)."
     out_channels = 3
 
     def __init__(self, in_channels: int = 1): self.in_channels = in_channels # Gray planes
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
+        "Three views of the mean of the planes; refuses what `check_planes` refuses."
         return check_planes(x, self.in_channels).mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
 class WeightSum(Module):
-    "The gray planes as they are, for an encoder whose first weights were summed (`sum_first_conv`)."
+    "The gray planes as they are, for an encoder whose first weights were summed (`sum_first_conv`); not in the paper."
     def __init__(self, in_channels: int = 1): # Gray planes
         self.in_channels = self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> Tensor: return check_planes(x, self.in_channels) # (B, in_channels, H, W), unchanged
+    def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W), unchanged
+        "Hand the planes on; refuses what `check_planes` refuses."
+        return check_planes(x, self.in_channels)
 
 class Affine(Module):
-    "A learned scale and shift per colour, started as Replicate: six numbers for one gray plane."
+    "A learned scale and shift per colour, started as Replicate: six numbers for one gray plane; not in the paper."
     out_channels = 3
 
     def __init__(self, in_channels: int = 1): # Gray planes
@@ -164,10 +173,12 @@ class Affine(Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        "Start as `Replicate`: each plane counts 1 / in_channels, nothing is shifted."
         nn.init.constant_(self.mix.weight, 1 / self.in_channels)
         nn.init.zeros_(self.mix.bias)
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, 3, H, W)
+        "For each colour a weighted sum of the planes and a shift; refuses what `check_planes` refuses."
         return self.mix(check_planes(x, self.in_channels))
 
 # %% ../../nbs/api/models/00_colorize.ipynb #1a0fb2b5
@@ -175,7 +186,7 @@ def sum_first_conv(
     encoder: nn.Module, # Network that takes three colours
     in_channels: int = 1, # Gray planes that it shall take
 ) -> nn.Module: # The same network, its first convolution changed
-    "Let `encoder` take gray planes: the first weights summed over the colours, divided among the planes."
+    "Let `encoder` take gray planes: the first weights summed over the colours, divided among the planes; a `ValueError` where that cannot be done."
     first = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3 and m.groups == 1), None)
     if first is None: raise ValueError(f'{type(encoder).__name__} has no convolution with 3 input channels to sum')
     size = [2 * (d * (k - 1) + 1) for k, d in zip(first.kernel_size, first.dilation)]
@@ -199,7 +210,7 @@ def new_colorizer(
     name: str, # One of `COLORIZERS`
     in_channels: int = 1, # Gray planes
 ) -> nn.Module: # Fresh module
-    "A colour module by name."
+    "A colour module by name; a `ValueError` for an unknown one."
     if name not in COLORIZERS: raise ValueError(f'no colour module {name!r}; there are: {", ".join(COLORIZERS)}')
     return COLORIZERS[name](in_channels)
 
@@ -238,7 +249,7 @@ def _check_tensors(path: Path, state: dict):
 def read_weights(
     path: str | Path, # .safetensors, or a .pth/.pt state dict
 ) -> dict[str, Tensor]: # Name -> tensor, on the CPU
-    "Tensors of a file, never by running code in it; a checkpoint's `state_dict` or `model` entry is unwrapped."
+    "Tensors of a file, never by running code in it; a checkpoint's `state_dict` or `model` entry is unwrapped; a `ValueError` for other or damaged files."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no weights at {path}')
     try:
@@ -284,7 +295,7 @@ def load_strict(
     state: dict[str, Tensor], # Its weights
     optional: tuple = (), # Prefixes of keys that `model` may lack
 ) -> nn.Module: # The same module
-    "Load `state`, or say by name and shape what does not fit."
+    "Load `state`, or say by name and shape what does not fit, in a `ValueError`."
     own = model.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(tuple(f'{p}.' for p in optional))}
     wrong = [f'missing {k} {tuple(v.shape)}' for k, v in own.items() if k not in state]
@@ -300,7 +311,7 @@ def load_backbone(
     pretrained: bool | str | Path | dict = False, # True: timm's download; a file or state dict; False: random
     **options, # For `timm.create_model`, e.g. `img_size` of a vision transformer
 ) -> nn.Module: # (B, 3, H, W) -> (B, width) pooled features
-    "A timm network without its classifier: the encoder E."
+    "A timm network without its classifier: the encoder E (Section III.A); a `ValueError` where name or weights do not fit."
     if not timm.is_model(name): raise ValueError(f'timm has no architecture {name!r}; similar: {timm.list_models(f"*{name[:6]}*")[:8]}')
     model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **options)
     if isinstance(pretrained, bool): return model
@@ -312,7 +323,7 @@ def load_backbone(
 def feature_width(
     encoder: nn.Module, # From `load_backbone`
 ) -> int: # Pooled features per image
-    "Measure the width of an encoder's output."
+    "Measure the width of an encoder's output; a `ValueError` if that is not (B, width)."
     size = getattr(getattr(encoder, 'patch_embed', None), 'img_size', None) # a transformer may be built for one size
     size = size or getattr(encoder, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))[1:]
     with evaluating(encoder): features = encoder(torch.zeros(1, 3, *size, device=next(encoder.parameters()).device))
@@ -330,7 +341,8 @@ class ColorizedNet(Module):
         self.T, self.E, self.C = T, E, C
         self.modes: dict[str, Mode] = {'T': FP32, 'E': FP32, 'C': FP32}
 
-    def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, labels)
+    def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, labels) logits, float32
+        "Logits of a batch; each part computes in the mode that `modes` holds for it."
         x = x.as_subclass(Tensor) # fastai's image types would dispatch every single operation through Python
         for name, mode in self.modes.items(): x = run_part(getattr(self, name), x, mode)
         return x
@@ -355,11 +367,11 @@ def colorized_net(
 # %% ../../nbs/api/models/00_colorize.ipynb #19b367e5
 @dataclass(frozen=True)
 class Card:
-    "What one has to know to use a trained colour module."
+    "What one has to know to use a trained colour module; a `ValueError` for what cannot be."
     module: str # One of `COLORIZERS`
     in_channels: int # Gray planes
     mean: float # Normalisation of the images it was trained on, of intensities in [0, 1]
-    std: float
+    std: float # Above 0
     trained_on: str # Data set, and the network it was trained in front of
     licence: str # Of the weights
 
@@ -380,12 +392,12 @@ def _files(path: str | Path) -> tuple[Path, Path]: # Weights and card; other dot
 def save_colorizer(
     T: nn.Module, # Colour module, one of `COLORIZERS`
     path: str | Path, # Files `path`.safetensors and `path`.json; give it with one of these suffixes or without
-    mean: float, # Normalisation of its images
-    std: float,
+    mean: float, # Normalisation of its images, of intensities in [0, 1]
+    std: float, # Above 0
     trained_on: str, # Data set and encoder
     licence: str, # Of the weights
 ) -> Card: # As written
-    "Store a trained colour module with its card."
+    "Store a trained colour module with its card; a `ValueError` for one that is not in `COLORIZERS`, a .pth, or an incomplete card."
     name = next((name for name, cls in COLORIZERS.items() if type(T) is cls), type(T).__name__)
     card, files = Card(name, getattr(T, 'in_channels', 0), mean, std, trained_on, licence), _files(path)
     if files[0].suffix != '.safetensors': raise ValueError(f'weights are stored as safetensors: leave {files[0].suffix} away')
@@ -424,7 +436,7 @@ def match_layers(
     module: nn.Module, # Whose names to use
     ordered: bool = True, # Are the entries in the order of the layers? False: other names are refused
 ) -> dict[str, Tensor]: # State dict of `module`
-    "Rename weights, by name where the names are ours, else layer by layer by order and shape, or say what does not fit."
+    "Rename weights, by name where the names are ours, else layer by layer by order and shape; a `ValueError` says what does not fit."
     own, state = module.state_dict(), _colour_part(state)
     if all(k.endswith('num_batches_tracked') for k in own.keys() ^ state.keys()): return {**own, **state} # old files lack these counters
     if not ordered:
@@ -445,7 +457,7 @@ def load_colorizer(
     module: str | None = None, # Name in `COLORIZERS`; needed where there is no card
     in_channels: int = 1, # Gray planes; where there is no card
 ) -> nn.Module: # Colour module in evaluation mode; its `card` is None where there is none
-    "Read a trained colour module, ours or one released by the paper's authors."
+    "Read a trained colour module, ours or one released by the paper's authors; a `ValueError` where card, `module` and weights do not go together."
     path, card_file = _files(path)
     card = Card(**json.loads(card_file.read_text())) if card_file.exists() else None
     if card and module not in (None, card.module): raise ValueError(f'{path} holds a {card.module}, not a {module}')

@@ -34,12 +34,13 @@ class Hydra(UNet):
         self.tasks = tuple(tasks)
 
     def task_index(self, task: int | str | Tensor) -> int: # Number of a task
-        "Look a task up by its name or number."
+        "Look a task up by its name or number; a `ValueError` for an unknown one."
         if task in self.tasks: return self.tasks.index(task)
         if isinstance(task, str) or not 0 <= int(task) < len(self.tasks): raise ValueError(f'no task {task!r}; there are: {", ".join(self.tasks)}')
         return int(task)
 
     def forward(self, x: Tensor, task: int | str | Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, classes of the task, H, W) logits
+        "Logits by the decoder and head of one task; a `ValueError` for an unknown task or other planes."
         i = self.task_index(task)
         return self.segment(x, self.decoder[i], self.head[i])
 
@@ -52,7 +53,7 @@ def hydra(
     decoder_channels: Sequence[int] = WIDTHS, # As for `unet`, in every decoder
     **options, # For `timm.create_model`
 ) -> Hydra: # T, decoders and heads fresh
-    "A network for several segmentation tasks."
+    "A network for several segmentation tasks (Section II.A); a `ValueError` for none."
     if not tasks: raise ValueError("give one task or more, e.g. {'lobes': 6}")
     T, encoder, levels = new_encoder(backbone, in_channels, colour, pretrained, **options)
     decoders, heads = zip(*[new_decoder(levels, n, decoder_channels) for n in tasks.values()])
@@ -60,7 +61,7 @@ def hydra(
 
 # %% ../../nbs/api/models/03_hydra.ipynb #37e34f40
 class AlternatingLoader:
-    "Batches (x, task, y, task) of several loaders in turn, for fastai's `DataLoaders`."
+    "Batches (x, task, y, task) of several loaders in turn, for fastai's `DataLoaders`; a `ValueError` for a loader without batches."
     n_inp = 2 # fastai: the first two go to the model, the others to the loss
     def __init__(self,
         loaders: Mapping[str, object], # Task -> loader of batches (x, y)
@@ -76,12 +77,14 @@ class AlternatingLoader:
         lengths = [len(loader) for loader in self.loaders.values()]
         return max(lengths) * len(lengths) if self.endless else sum(lengths)
 
-    def to(self, device): # As `DataLoaders` does it
+    def to(self, device): # The same loader
+        "Move the loaders to a device, as `DataLoaders` asks for."
         for loader in self.loaders.values():
             if hasattr(loader, 'to'): loader.to(device)
         return self
 
-    def turns(self, loader) -> Iterator: # Batches of one task in an epoch
+    def turns(self, loader) -> Iterator:
+        "Batches of one task in an epoch: once through, or, if endless, over and over until the longest loader has ended."
         if not self.endless: return iter(loader)
         rounds = len(self) // len(self.loaders)
         passes = -(-rounds // len(loader))
@@ -108,7 +111,7 @@ def task_loss(
     masks: Tensor, # (B, H, W)
     task: str, # Whose loss to take
 ) -> Tensor: # Scalar
-    "The loss of one task."
+    "The loss of one task; a `ValueError` if it has none."
     if task not in losses: raise ValueError(f'no loss for task {task!r}; there are: {", ".join(losses)}')
     return losses[task](logits, masks)
 
@@ -121,7 +124,9 @@ def hydra_loss(
 # %% ../../nbs/api/models/03_hydra.ipynb #ce177514
 class OwnSteps(Callback):
     "Leave decoders alone in the steps of other tasks."
-    def after_step(self): self.model.zero_grad(set_to_none=True)
+    def after_step(self):
+        "No gradient instead of zeros: momentum and weight decay move only what the next batch uses."
+        self.model.zero_grad(set_to_none=True)
 
 # %% ../../nbs/api/models/03_hydra.ipynb #9d31140c
 def encoder_state(
@@ -137,7 +142,7 @@ def load_encoder(
     model: UNet, # To fill, in place
     source: UNet | Mapping[str, Tensor], # A network, its state dict, or an encoder's; a classifier's head is left out
 ) -> UNet: # The same model
-    "Take the encoder over from a source, and its colour module where that has weights; refuse what does not fit."
+    "Take the encoder over from a source, and its colour module where that has weights; a `ValueError` lists what does not fit."
     state = dict(source.state_dict() if isinstance(source, nn.Module) else source)
     T, own = {}, model.encoder.state_dict()
     if own.keys().isdisjoint(state) and any(k.startswith('encoder.') for k in state): T, state = _strip(state, 'T'), _strip(state, 'encoder')

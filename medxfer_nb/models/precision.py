@@ -26,7 +26,7 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 @dataclass(frozen=True)
 class Mode:
-    "How a network, or one part of it, computes."
+    "How a network, or one part of it, computes; a `ValueError` for an unknown dtype."
     dtype: str = 'fp32' # One of `DTYPES`; with 16 bits under autocast (weights stay float32)
     channels_last: bool = False # Convolution weights in NHWC or NDHWC order?
     compile: bool = False # By `torch.compile`?
@@ -38,10 +38,12 @@ class Mode:
     def __str__(self): return ' '.join([self.dtype, *(name.replace('_', '-') for name in ('channels_last', 'compile', 'tf32') if getattr(self, name))])
 
     @property
-    def whole(self) -> bool: # Can only a whole network have it? TF32 is a switch of the process, fp16 needs a scaler around the step
+    def whole(self) -> bool:
+        "Can only a whole network have it? TF32 is a switch of the process, fp16 needs a scaler around the step."
         return self.tf32 or self.dtype == 'fp16'
 
-    def autocast(self, device: str = 'cpu'): # Context manager for a device type: 'cpu', 'cuda', ...
+    def autocast(self, device: str = 'cpu'): # Context manager
+        "Autocast to the mode's dtype on a type of device ('cpu', 'cuda', ...); nothing for fp32."
         return nullcontext() if self.dtype == 'fp32' else torch.autocast(device, DTYPES[self.dtype])
 
 FP32, FP32_LAST, TF32_LAST, BF16_LAST, FP16_LAST = Mode(), Mode('fp32', True), Mode('fp32', True, tf32=True), Mode('bf16', True), Mode('fp16', True)
@@ -82,7 +84,7 @@ def set_modes(
     model: nn.Module, # Holds `modes` and one submodule per name in it
     modes: dict[str, Mode], # Part name -> mode; parts left out keep theirs
 ) -> nn.Module: # The same model
-    "Put each named part of `model` into its mode."
+    "Put each named part of `model` into its mode; a `ValueError` for an unknown part, and for TF32, which is the process's."
     unknown = sorted(set(modes) - set(model.modes))
     if unknown: raise ValueError(f'{type(model).__name__} has no part {unknown}; its parts: {sorted(model.modes)}')
     if whole := [name for name, mode in modes.items() if mode.tf32]:
@@ -117,7 +119,7 @@ def computing(
     model: nn.Module, # Any network
     mode: Mode, # How it computes
 ) -> Iterator[nn.Module]: # The same one; its layout stays
-    "Compute a whole network in a mode for as long as the context lasts."
+    "Compute a whole network in a mode for as long as the context lasts; a `ValueError` if its parts have modes of their own."
     if _has_modes(model): raise ValueError(f'parts of {type(model).__name__} have modes of their own: set them with `set_modes`, or set all to FP32 and choose one for the whole network')
     device = next((p.device.type for p in model.parameters()), 'cpu')
     before = arrange(model, mode.channels_last)._compiled_call_impl
@@ -141,14 +143,22 @@ class Autocast(MixedPrecision):
         self.mode, self.within = mode, ExitStack()
 
     def before_fit(self):
+        "Enter the mode for as long as the fit lasts; a gradient scaler scales in float16 only."
         self.within.close() # a fit that broke off left it open
         self.within.enter_context(computing(self.model, self.mode))
         device, self.kwargs['enabled'] = next(self.model.parameters()).device.type, self.mode.dtype == 'fp16'
         self.learn.scaler, self.scales = torch.amp.GradScaler(device, **self.kwargs), []
 
-    def before_batch(self): pass # `computing` enters autocast around the network alone
-    def after_loss(self): pass
+    def before_batch(self):
+        "Leave the parent's autocast out: `computing` enters it around the network alone."
+        pass
+
+    def after_loss(self):
+        "There is no autocast to leave: the loss is computed in float32 anyway."
+        pass
+
     def after_fit(self):
+        "Leave the mode, and drop the scaler."
         self.within.close()
         self.learn.scaler = self.scales = None
 
@@ -173,7 +183,7 @@ def _seconds(part: nn.Module, x: Tensor, mode: Mode) -> float: # One forward and
 
 def probe(
     part: nn.Module, # Module to time; stays untouched
-    shape: tuple, # Input shape (B, C, H, W)
+    shape: tuple, # Input shape, (B, C, H, W) or (B, C, Z, Y, X)
     input_grad: bool = True, # Does the gradient have to reach the input (a trained part in front)?
     repeats: int = 5, # Timed passes per candidate
     whole: bool = False, # Is it a whole network, for `Autocast`?
@@ -271,14 +281,14 @@ def _fastest_part(part: nn.Module, shape: tuple, input_grad: bool, whole: bool) 
 
 def choose_mode(
     part: nn.Module, # Part of a model, or a whole one
-    shape: tuple, # Its input shape (B, C, H, W)
+    shape: tuple, # Its input shape, (B, C, H, W) or (B, C, Z, Y, X)
     precision: str = 'auto', # 'fp32', 'bf16' (both channels-last), or 'auto': probe once; of a whole network also 'tf32', 'fp16'
     cache: str | Path | None = None, # JSON file of decisions; 'auto' and `steps` need it
     input_grad: bool = True, # As in `probe`
     whole: bool = False, # Is it a whole network, for `Autocast`?
     steps: int = 0, # That it will train: compiled if these make up for it; 0: compiling is not measured
 ) -> Mode: # The mode to use
-    "A pinned mode, or the decision in `cache`, made by a probe the first time."
+    "A pinned mode, or the decision in `cache`, made by a probe the first time; a `ValueError` for an unknown precision or a missing `cache`."
     pinned = {'fp32': FP32_LAST, 'bf16': BF16_LAST} | ({'tf32': TF32_LAST, 'fp16': FP16_LAST} if whole else {})
     if precision not in pinned and precision != 'auto':
         raise ValueError(f"precision is {one_of([*pinned, 'auto'])}, not {precision!r}" + "; 'tf32' and 'fp16' are for a whole network (`whole=True`, then `Autocast`)" * (not whole))

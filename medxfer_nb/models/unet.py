@@ -28,7 +28,7 @@ class Level:
     "One resolution of an encoder."
     halvings: int # The map has about 1 / 2**halvings of the image's side
     index: int # Its place among the encoder's intermediate maps
-    channels: int
+    channels: int # Of the map
 
 def feature_maps(
     encoder: nn.Module, # timm network
@@ -42,7 +42,7 @@ def feature_levels(
     encoder: nn.Module, # timm network
     in_channels: int = 3, # Planes that it takes
 ) -> list[Level]: # From the finest to the coarsest
-    "Measure the resolutions of an encoder."
+    "Measure the resolutions of an encoder; a `ValueError` if timm cannot give its intermediate maps."
     if not hasattr(encoder, 'forward_intermediates'):
         raise ValueError(f'{type(encoder).__name__} has no `forward_intermediates`: take another timm backbone, or a newer timm')
     size = getattr(getattr(encoder, 'patch_embed', None), 'img_size', None) # a transformer may be built for one size
@@ -75,7 +75,8 @@ class UpBlock(Module):
         self.up = nn.ConvTranspose2d(n_in, n_out, 2, stride=2)
         self.convs = nn.Sequential(conv_relu(n_out + n_skip, n_out), conv_relu(n_out, n_out))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor: # (B, n_in, h, w) -> (B, n_out, 2h, 2w)
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor: # (B, n_in, h, w), (B, n_skip, H, W) -> (B, n_out, H, W)
+        "Double the resolution; with a skip go on to its size, join and convolve."
         x = self.up(x)
         return self.convs(x if skip is None else torch.cat([resize_to(x, skip.shape[-2:]), skip], 1))
 
@@ -83,7 +84,7 @@ class UpBlock(Module):
 WIDTHS = (256, 128, 64, 32, 16)
 
 class Decoder(Module):
-    "From the coarsest map back to the resolution of the image."
+    "From the coarsest map back to the resolution of the image; a `ValueError` if there are too few widths."
     def __init__(self,
         levels: Sequence[Level], # Of the encoder, from `feature_levels`
         widths: Sequence[int] = WIDTHS, # Channels per block, the coarsest first; fewer halvings use the last ones
@@ -97,6 +98,7 @@ class Decoder(Module):
         self.out_channels = widths[-1]
 
     def forward(self, skips: list[Tensor], x: Tensor) -> Tensor: # Finer maps; coarsest map -> (B, out_channels, H, W)
+        "Block by block to the full resolution, with a skip wherever the encoder has a map of that size."
         found = dict(zip(self.skips, skips))
         for k, block in zip(reversed(range(len(self.blocks))), self.blocks): x = block(x, found.get(k))
         return x
@@ -124,11 +126,13 @@ class UNet(Module):
         self.modes: dict[str, Mode] = {part: FP32 for part in ('T', 'encoder', 'decoder', 'head')}
 
     def encode(self, x: Tensor) -> list[Tensor]: # (B, in_channels, H, W), sides multiples of `multiple` -> maps, fine to coarse
+        "Maps of the coloured image at each of the levels; in the dtype of the mode if the decoder has the same, else in float32."
         x, mode = run_part(self.T, x, self.modes['T']), self.modes['encoder']
         with mode.autocast(x.device.type): maps = feature_maps(self.encoder, self.indices, x)
         return maps if mode.dtype == self.modes['decoder'].dtype else [m.float() for m in maps]
 
-    def segment(self, x: Tensor, decoder: nn.Module, head: nn.Module) -> Tensor: # Logits of one decoder
+    def segment(self, x: Tensor, decoder: nn.Module, head: nn.Module) -> Tensor: # (B, classes, H, W) logits, float32
+        "Pad, encode, decode with the parts given, and cut the padding off; a `ValueError` unless `x` is (B, in_channels, H, W)."
         if x.ndim != 4 or x.shape[1] != self.T.in_channels or 0 in x.shape:
             raise ValueError(f'this network takes (B, {self.T.in_channels}, H, W), not {tuple(x.shape)}')
         (h, w), x = x.shape[-2:], pad_to(x.as_subclass(Tensor), self.multiple) # fastai's types would dispatch every operation through Python
@@ -137,6 +141,7 @@ class UNet(Module):
         return resize_to(run_part(head, y, self.modes['head']), x.shape[-2:])[..., :h, :w]
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, H, W) -> (B, n_classes, H, W) logits, float32
+        "Logits of a batch of images of any size; a `ValueError` for other shapes."
         return self.segment(x, self.decoder, self.head)
 
 # %% ../../nbs/api/models/02_unet.ipynb #1aeeee8c
@@ -157,7 +162,7 @@ def new_decoder(
     n_classes: int, # Background counts as one
     widths: Sequence[int] = WIDTHS, # Channels per block, the coarsest first
 ) -> tuple[Decoder, nn.Conv2d]: # Decoder, head
-    "The second half, from scratch."
+    "The second half, from scratch (Section II); a `ValueError` for fewer than 2 classes."
     if n_classes < 2: raise ValueError(f'a softmax needs 2 classes or more (background counts), not {n_classes}')
     decoder = Decoder(levels, widths)
     return decoder, nn.Conv2d(decoder.out_channels, n_classes, 1)
@@ -171,7 +176,7 @@ def unet(
     decoder_channels: Sequence[int] = WIDTHS, # Per block, the coarsest first; fewer halvings use the last ones
     **options, # For `timm.create_model`
 ) -> UNet: # T, decoder and head fresh
-    "A U-Net from the names of its parts."
+    "A U-Net from the names of its parts (Section II.A)."
     T, encoder, levels = new_encoder(backbone, in_channels, colour, pretrained, **options)
     return UNet(T, encoder, *new_decoder(levels, n_classes, decoder_channels), levels)
 
@@ -184,7 +189,7 @@ def split_encoder_decoder(model: UNet) -> list[list[nn.Parameter]]: # Parameters
 def class_weights(
     counts: Sequence[float] | Tensor, # (C,) pixels per class in the training set
 ) -> Tensor: # (C,) float32, w_c = N / (C n_c)
-    "Weights that balance the classes."
+    "Weights that balance the classes, from their ratio in the data set (Section II.A); a `ValueError` for a class without pixels."
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if counts.ndim != 1 or len(counts) < 2 or not counts.isfinite().all() or (counts < 0).any():
         raise ValueError(f'counts are one number of pixels per class, for 2 classes or more, not {counts.tolist()}')
@@ -197,16 +202,22 @@ def class_weights(
 class WeightedCrossEntropy(nn.CrossEntropyLoss):
     "Cross-entropy per pixel with class weights; the activation is softmax."
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor: # (B, C, H, W), (B, H, W) integers -> scalar
+        "Mean over the pixels, each weighted by its class; the class weights follow the logits to their device."
         self.to(logits.device)
         return super().forward(logits.as_subclass(Tensor), masks.as_subclass(Tensor).long())
 
-    def activation(self, logits: Tensor) -> Tensor: return logits.softmax(1) # For fastai's `get_preds`
-    def decodes(self, logits: Tensor) -> Tensor: return logits.argmax(1)
+    def activation(self, logits: Tensor) -> Tensor: # (B, C, H, W) probabilities
+        "Softmax over the classes, for fastai's `get_preds`."
+        return logits.softmax(1)
+
+    def decodes(self, logits: Tensor) -> Tensor: # (B, C, H, W) -> (B, H, W) int64
+        "The most probable class of each pixel, for fastai's `predict`."
+        return logits.argmax(1)
 
 def weighted_cross_entropy(
     weights: Sequence[float] | Tensor, # (C,) from `class_weights`
 ) -> WeightedCrossEntropy: # (logits (B, C, H, W), masks (B, H, W)) -> weighted mean
-    "The paper's loss."
+    "The paper's loss (Section II.A); a `ValueError` unless all weights are positive numbers."
     weights = torch.as_tensor(weights, dtype=torch.float32)
     if weights.ndim != 1 or not (weights.isfinite() & (weights > 0)).all(): raise ValueError(f'weights are one positive number per class, not {weights.tolist()}')
     return WeightedCrossEntropy(weights)

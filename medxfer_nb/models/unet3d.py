@@ -37,6 +37,7 @@ class ConvBlock(Module):
         self.act = nn.LeakyReLU(slope, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor: # (B, n_in, Z, Y, X) -> (B, n_out, Z', Y', X')
+        "Convolve, normalise each channel of a case, activate; without autocast where the CPU would get it wrong."
         if not _is_thin(x): return self.act(self.norm(self.conv(x)))
         with torch.autocast(x.device.type, enabled=False): return self.act(self.norm(self.conv(x.to(self.conv.weight.dtype))))
 
@@ -58,6 +59,7 @@ class EncoderLevel(Module):
         self.context = nn.Sequential(ConvBlock(n_out, n_out, slope=slope), nn.Dropout3d(dropout), ConvBlock(n_out, n_out, slope=slope))
 
     def forward(self, x: Tensor) -> Tensor: # (B, n_in, Z, Y, X) -> (B, n_out, Z', Y', X')
+        "The map of the in-convolution, plus what the context module makes of it."
         x = self.conv_in(x)
         return x + self.context(x)
 
@@ -80,6 +82,7 @@ class DecoderLevel(Module):
         self.localise = nn.Sequential(ConvBlock(2 * n_out, n_out, slope=slope), ConvBlock(n_out, n_out, 1, slope=slope))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor: # (B, n_in, z, y, x), (B, n_out, Z, Y, X) -> (B, n_out, Z, Y, X)
+        "Upsample to the size of the skip, join the two, localise."
         return self.localise(torch.cat([skip, self.up(nearest(x, skip))], 1))
 
 # %% ../../nbs/api/models/04_unet3d.ipynb #12c10891
@@ -104,6 +107,7 @@ class UNet3D(Module):
         self.heads = nn.ModuleDict({str(i): nn.Conv3d(widths[i], n_classes, 1) for i in up if i < 3})
 
     def segment(self, x: Tensor) -> Tensor: # As `forward`, in the dtype of the autocast around it
+        "Logits, added up over the decoder's heads from coarse to fine; shapes are not checked."
         skips, logits = {}, None
         for i, level in self.encoder.items(): skips[i] = x = level(x)
         for i, level in self.decoder.items():
@@ -114,6 +118,7 @@ class UNet3D(Module):
         return logits
 
     def forward(self, x: Tensor) -> Tensor: # (B, in_channels, Z, Y, X) -> (B, n_classes, Z, Y, X) logits, float32
+        "Logits of a batch in the mode of the network; a `ValueError` for other channels, or an axis of fewer than `min_size` voxels."
         if x.ndim != 5 or x.shape[1] != self.in_channels or 0 in x.shape:
             raise ValueError(f'this network takes (B, {self.in_channels}, Z, Y, X), not {tuple(x.shape)}')
         if min(x.shape[2:]) < self.min_size:
@@ -150,7 +155,7 @@ def unet3d(
     slope: float = 0.01, # Of the LeakyReLU below zero
     seed: int | None = None, # Of the start; None: from torch's generator
 ) -> UNet3D:
-    "A fresh network with a Xavier start."
+    "A fresh network with a Xavier start: 'No Transfer' (Section 4.3)."
     net = UNet3D(in_channels, n_classes, base, depth, dropout, slope)
     return xavier_(net, int(torch.randint(2**62, ())) if seed is None else seed)
 
@@ -242,7 +247,7 @@ def load_shared(
     net: nn.Module, # To fill, in place
     tensors: Mapping[str, Tensor], # Parameter name -> values
 ) -> nn.Module: # The same network
-    "Copy tensors into the parameters of these names; the others stay."
+    "Copy tensors into the parameters of these names; the others stay. A `TransferError` lists what does not fit."
     params = dict(net.named_parameters())
     refuse_misfits({name: p for name, p in params.items() if name in tensors}, tensors, params)
     with torch.no_grad():
@@ -255,7 +260,7 @@ def soft_dice(
     targets: Tensor, # (B, L, ...) 0 or 1, of any dtype
     smooth: float = 1e-5, # Voxels added above and below
 ) -> Tensor: # (B, L) float32
-    "Soft Dice per case and label; 1 where a label is neither there nor predicted."
+    "Soft Dice per case and label; 1 where a label is neither there nor predicted. A `ValueError` for shapes that differ."
     if probabilities.shape != targets.shape:
         raise ValueError(f'probabilities {tuple(probabilities.shape)} and targets {tuple(targets.shape)} have to have one shape, (B, L, Z, Y, X)')
     p, t = (v.as_subclass(Tensor).float().flatten(2) for v in (probabilities, targets))
@@ -299,7 +304,7 @@ def predict_volume(
     overlap: float = 0.5, # Of neighbouring windows, from 0 to below 1
     batch: int = 4, # Windows at once
 ) -> Tensor: # (L, Z, Y, X) float32, on the CPU
-    "Sigmoid probabilities of a volume, in evaluation mode."
+    "Sigmoid probabilities of a volume, in evaluation mode; a `ValueError` unless it has four axes."
     if image.ndim != 4: raise ValueError(f'a volume is (modalities, Z, Y, X), not {tuple(image.shape)}')
     x = image.as_subclass(Tensor) if isinstance(image, Tensor) else torch.tensor(image)
     device = next(net.parameters()).device

@@ -63,8 +63,8 @@ def submission_folder(
     return Path(data_root)/'submissions'/config.config_key
 
 def from_leaderboard(
-    config: TimmRun,
-    data_root: Path | None,
+    config: TimmRun,          # Of the run
+    data_root: Path | None,   # Folder of the publishers' folders
 ) -> dict[str, np.ndarray]:   # dice_ET, dice_TC, dice_WT and their mean; empty until there are scores
     "The scores of a run's submission, in the order of its patients."
     if config.dataset != 'brats' or data_root is None: return {}
@@ -96,9 +96,9 @@ def curves_frame(
 # %% ../../nbs/api/repro/13_brain_results.ipynb #d1ce210f
 @dataclass(frozen=True)
 class Statement:
-    "A published statement: one start minus another."
-    a: str
-    b: str
+    "A published statement: mean Dice of one start minus that of another."
+    a: str                      # Start, or whose P remembers
+    b: str                      # The one that is subtracted
     portion: str = ''           # Table 2: of the tumour patients
     task: str = ''              # Table 4: the source task that is remembered
     less: str = ''              # Portion whose difference is subtracted
@@ -109,6 +109,7 @@ class Statement:
 
     @property
     def about(self) -> str:
+        "The statement in words: portion or source task, and the two starts"
         where = f'{KNOWN[self.task]} remembered' if self.task else f'{self.portion} minus {self.less}' if self.less else self.portion
         return f'{where}: {TITLES[self.a]} minus {TITLES[self.b]}' + ' (matched)'*(self.protocol == 'matched')
 
@@ -118,8 +119,10 @@ class Statement:
         def difference(portion): return printed(self.a, portion, self.task) - printed(self.b, portion, self.task)
         return difference(self.portion) - difference(self.less) if self.less else difference(self.portion)
 
-def transfer_statements(protocol: str = 'paper') -> list[Statement]:
-    "Of Table 2 and the text about it."
+def transfer_statements(
+    protocol: str = 'paper',  # In which ours were trained
+) -> list[Statement]:
+    "Of Table 2 and the text about it (Section 5)."
     found = [Statement('timm', other, portion) for portion in PORTIONS for other in TITLES if other != 'timm' and printed(other, portion)]
     found += [Statement('m2', 'm1', '4%'), Statement('m2', 'm1', '8%')] + [Statement('m1', 'none', portion) for portion in PORTIONS]
     return [replace(s, protocol=protocol) for s in [*found, Statement('timm', 'none', '4%', less='8%')]]
@@ -146,9 +149,9 @@ def _paired(one, other, about) -> pd.DataFrame | None:
 
 def effect(
     table: pd.DataFrame,      # Of `patients_frame` or `memory_frame`
-    s: Statement,
+    s: Statement,             # About a portion, or about a source task
 ) -> np.ndarray | None:       # (seeds, patients); None: not run
-    "What our runs have for a statement."
+    "What our runs have for a statement; a `ValueError` if its sides were scored on other patients."
     if s.task:
         found = _minus(table, s.a, s.b, task=s.task)
         if found is not None and 'timm' not in (s.a, s.b): found = found[:1]  # Their P has no seed: the rows repeat one measurement
@@ -160,7 +163,7 @@ def effect(
 def find(
     table: pd.DataFrame,                # Of `patients_frame` or `memory_frame`, runs of one scale
     statements: Sequence[Statement],    # Of one published table
-    scale: TimmScale,
+    scale: TimmScale,                   # That scale
 ) -> list[Finding]:                     # One per statement
     "What our runs say about each statement."
     return judge([(s, effect(table, s)) for s in statements], scale)
@@ -201,13 +204,21 @@ class Gathered(Collection):
     "The runs of a table or figure of the T-IMM paper."
     presets = brain_scales
 
-    def find(self, protocol: str = 'paper') -> list[Finding]: return find(patients_frame(self.records, self.data_root), transfer_statements(protocol), self.scale) if self.records else []
+    def find(self,
+        protocol: str = 'paper',  # 'paper' or 'matched'
+    ) -> list[Finding]:
+        "What the runs of this scale say about each statement of Table 2; empty if there are none"
+        return find(patients_frame(self.records, self.data_root), transfer_statements(protocol), self.scale) if self.records else []
 
-    def find_study(self, protocol: str = 'paper') -> list[Finding]:
+    def find_study(self,
+        protocol: str = 'paper',  # 'paper' or 'matched'
+    ) -> list[Finding]:
         "The same for the committed results; empty if there are none"
         return find(patients_frame(self.study), transfer_statements(protocol), brain_scales.SCALES['study']) if self.study else []
 
-    def find_memory(self) -> list[Finding]: return find(one_portion(memory_frame(self.records)), MEMORY_STATEMENTS, self.scale) if self.records else []
+    def find_memory(self) -> list[Finding]:
+        "What the runs of this scale say about each statement of Table 4; empty if there are none"
+        return find(one_portion(memory_frame(self.records)), MEMORY_STATEMENTS, self.scale) if self.records else []
 
     def find_memory_study(self) -> list[Finding]:
         "The same for the committed results; empty if there are none"
@@ -222,7 +233,7 @@ def _cell(values: pd.DataFrame | None) -> str:
     return f'{seeds.mean():.3f}' + (f' ± {seeds.std():.3f}' if seeds.max() - seeds.min() > 1e-9 else '')
 
 def transfer_table(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> pd.DataFrame:   # Index: portion, whose; one column per start
     "Table 2: mean Dice of ET, TC and WT, ours below the published."
     rows = {(p, 'published'): {TITLES[s]: str(t) if (t := printed(s, p)) else '–' for s in TITLES} for p in PORTIONS}
@@ -245,7 +256,7 @@ def _lengths(records, portion, protocol) -> dict[str, str]:
     return row
 
 def stages_table(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> pd.DataFrame:   # Index: portion, whose
     "Table 3: length of the two stages of T-IMM, and the val-score at the end of the adaption and at the best validation of fine-tuning."
     def published(p, s): return [str(target('timm', item='stages', portion=p, method=s, metric=m)) for m in ('epochs', 'val_dice')]
@@ -259,7 +270,7 @@ def stages_table(
     return pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns).rename_axis(['portion', 'stages']).fillna('–')
 
 def training_table(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> pd.DataFrame:   # Index: whose, start; one column per portion, and the layers of P that the target could not take over
     "How many runs converged before their budget ended, and their mean steps, adaption included."
     def cell(runs): return f"{sum(m['fine_tuning_stopped'] == 'converged' for m in runs)} of {len(runs)}, {np.mean([m['fine_tuning_steps'] + m.get('adaption_steps', 0) for m in runs]):.0f} steps"
@@ -272,7 +283,7 @@ def training_table(
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['converged', 'start'])
 
 def choice_table(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> pd.DataFrame:   # Empty on virtual patients
     "Which of the publisher's cases were used; the others by their running number."
     keys = ('cases_there', 'cases_chosen', 'choice_seed', 'cases_left_out')
@@ -280,7 +291,7 @@ def choice_table(
     return pd.DataFrame(choices, columns=['data set', *(k.replace('_', ' ') for k in keys)])
 
 def memory_table(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> pd.DataFrame:   # Index: whose P, whose; one column per source task
     "Table 4: mean Dice of tasks 1 and 2 on their test subjects."
     rows = {(TITLES[s], 'published'): {KNOWN[t]: str(printed(s, task=t)) for t in KNOWN} for s in ('m1', 'm2', *MERGED)}
@@ -431,9 +442,9 @@ def plot_forgetting(
 
 # %% ../../nbs/api/repro/13_brain_results.ipynb #9360c860
 def value_claims(
-    g: Gathered,
+    g: Gathered,    # From `gather`
 ) -> list[Claim]:   # Empty on virtual patients, whose Dice cannot equal a published one
-    "At paper scale, each published mean of Table 2 against ours."
+    "At paper scale, each published mean of Table 2 against ours; a Dice within 0.02 is tolerated."
     if g.scale.virtual or not g.records: return []
     table = patients_frame(g.records, g.data_root)
     def claim(start, portion, t):
@@ -442,7 +453,7 @@ def value_claims(
     return [claim(s, p, t) for p in PORTIONS for s in TITLES if (t := printed(s, p))]
 
 def source_table(
-    g: Gathered,
+    g: Gathered,           # From `gather`
     store: str = '',       # As for `gather`
 ) -> pd.DataFrame:         # One row per source network
     "Dice of the source networks on the test subjects of their own task, and how long they trained."
@@ -460,7 +471,7 @@ def regions_table(
     return means.loc[order].rename(index=TITLES, level='start').round(3)
 
 def submit(
-    g: Gathered,
+    g: Gathered,     # From `gather`
 ) -> list[Path]:   # Label volumes that were written; empty where nothing is to be submitted
     "Write the submissions of all networks that were trained on 100 % of BraTS."
     runs = [r for r in g.records if (r.config.dataset, r.config.portion) == ('brats', '100%')]

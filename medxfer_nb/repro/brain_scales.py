@@ -33,19 +33,23 @@ class TimmScale:
     hcp: int                      # Brains of the source tasks
     seeds: tuple[int, ...]        # Of S, and of the order of the batches
     needs: str                    # What it costs
-    portions: tuple[str, ...] = PORTIONS
+    portions: tuple[str, ...] = PORTIONS          # Of the tumour patients (Table 1)
     all_hcp: bool = True          # Are the three source networks on all brains trained?
-    protocols: tuple[str, ...] = ('paper', 'matched')
+    protocols: tuple[str, ...] = ('paper', 'matched')  # 'paper': until convergence; 'matched': equal steps in all
     patience: int = 50            # Validations without a gain
     halve_after: int = 10         # Validations without a gain
-    lr: float = 5e-4
-    ratio_lr: float = .05
-    precision: str = 'auto'
+    lr: float = 5e-4              # Of Adam
+    ratio_lr: float = .05         # Of the mixing ratios
+    precision: str = 'auto'       # See `TimmRun`
 
     @property
-    def virtual(self) -> bool: return self.dataset.startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
+    def virtual(self) -> bool:
+        "Virtual patients? They show mechanisms, not clinical numbers"
+        return self.dataset.startswith('virtual')
 
-    def starts(self, portion: str) -> tuple[str, ...]:
+    def starts(self,
+        portion: str,  # One of `PORTIONS`
+    ) -> tuple[str, ...]:
         "The columns of Table 2 that a portion has"
         return STARTS + ALL_HCP*(self.all_hcp and portion == '8%')
 
@@ -71,7 +75,7 @@ SCALES = {s.name: s for s in (
 def scale_named(
     name: str,        # One of `SCALES`
 ) -> TimmScale:       # Its preset
-    "Look a scale up, or say which ones there are."
+    "Look a scale up, or say (`ValueError`) which ones there are."
     if name not in SCALES: raise ValueError(f"no scale is named {name!r}; choose one of: {', '.join(SCALES)}")
     return SCALES[name]
 
@@ -121,7 +125,7 @@ def item_runs(
     scale: TimmScale,               # Preset
     seeds: tuple[int, ...] = (),    # Instead of the preset's
 ) -> list[TimmRun]:                 # Its runs, seed by seed
-    "The runs that a table or figure shows."
+    "The runs that a table or figure shows; a `ValueError` if there is none of this name."
     if item not in ITEMS: raise ValueError(f"no table or figure is named {item!r}; choose one of: {', '.join(ITEMS)}")
     seeds = tuple(seeds) or scale.seeds
     return [run for seed in (seeds[:1] if item == 'fig3_forgetting' else seeds) for run in ITEMS[item](scale, seed)]

@@ -57,7 +57,7 @@ class TimmRun(RunConfig):
     start: Literal['none', 'm1', 'm2', 'imm', 'timm', 'all 1:14', 'all 1:7', 'all 8:14']  # Initialisation; on a source data set: which source network this is
     portion: Literal['', '4%', '8%', '100%'] = ''  # Of the tumour patients; empty for a source network
     protocol: Literal['paper', 'matched'] = 'paper'  # Until convergence, or `steps` in all for every start
-    dataset: Literal['virtual-tumours', 'brats', 'decathlon', 'virtual-hcp', 'hcp']
+    dataset: Literal['virtual-tumours', 'brats', 'decathlon', 'virtual-hcp', 'hcp']  # The last two train source networks
     base: int = 16                        # Filters of the first level
     size: int = 0                         # Voxels along each side of a volume; 0: as it is, cropped to the common foreground
     patch: int = 0                        # Voxels along each side of what a step sees; 0: whole volumes
@@ -108,13 +108,19 @@ class TimmRun(RunConfig):
         if self.protocol == 'matched' and self.adapt_steps >= self.steps: raise ConfigError(f'matched: steps ({self.steps}) include the adaption, so adapt_steps must be fewer, not {self.adapt_steps}')
 
     @property
-    def is_source(self) -> bool: return self.dataset in SOURCE.values()
+    def is_source(self) -> bool:
+        "Does it train a source network?"
+        return self.dataset in SOURCE.values()
 
     @property
-    def virtual(self) -> bool: return self.dataset.startswith('virtual')
+    def virtual(self) -> bool:
+        "Are its brains virtual?"
+        return self.dataset.startswith('virtual')
 
     @property
-    def regions(self) -> dict[str, tuple[int, ...]]: return REGIONS[TASKS[self.start][0] if self.is_source else 'tumour']  # Name -> numbers in the label volume
+    def regions(self) -> dict[str, tuple[int, ...]]:  # Name -> numbers in the label volume
+        "What it segments (Section 4.2): one output channel each"
+        return REGIONS[TASKS[self.start][0] if self.is_source else 'tumour']
 
     @property
     def label(self) -> str:
@@ -135,7 +141,7 @@ def source_run(
 def parents(
     run: TimmRun,        # A run
 ) -> list[TimmRun]:      # M1 before M2
-    "What must be trained before this run."
+    "What must be trained before this run; M2 starts from M1 (Section 4.3)."
     if run.is_source: return [replace(run, start='m1')] if run.start == 'm2' else []
     names = ('m1', 'm2') if run.start in MERGED else [run.start]*(run.start != 'none')
     return [source_run(run, name) for name in names]
@@ -144,9 +150,9 @@ def parents(
 @dataclass(frozen=True, eq=False)
 class Sets:
     "The brains that a run trains, validates and tests on."
-    train: Brains
-    valid: Brains
-    test: Brains
+    train: Brains  # (N, M, Z, Y, X) images of M contrasts, (N, Z, Y, X) labels
+    valid: Brains  # The same
+    test: Brains   # The same; without labels where the leaderboard keeps them
 
 def join(
     first: Brains,     # Some brains
@@ -169,7 +175,7 @@ def virtual_pools(
     return {name: (run.dataset, *pool, run.size) for name, pool in pools.items()}
 
 def dealt(
-    pool: Brains,
+    pool: Brains,        # Subjects in order
     n_train: int,        # Subjects to train on: the first ones
     n_valid: int,        # Subjects to validate on
     after: int = 0,      # Subjects that may be trained on, those that others train on included; 0: `n_train`
@@ -205,9 +211,9 @@ def real_cases(
 
 def online_cases(
     run: TimmRun,                 # On real tumours
-    data_root: Path | None,
+    data_root: Path | None,       # Folder that holds the publishers' folders
 ) -> list[BrainCase]:
-    "The cases that test a network trained on 100 %: of patients that train none."
+    "The cases that test a network trained on 100 %, of patients that train none; a `ConfigError` if there are too few, or if some are trained on."
     cases, own = real_cases(run.dataset, data_root), run.dataset == 'brats'
     folder, found = (ONLINE, read_brats(Path(data_root)/ONLINE)) if own else (FOLDERS[run.dataset], [cases[i] for i in split_brats(cases, run.total, SPLIT_SEED)['left out']])
     what = 'cases' if own else 'cases that are not trained on'
@@ -218,7 +224,7 @@ def online_cases(
 
 def chosen_cases(
     run: TimmRun,                 # On tumours
-    data_root: Path | None,
+    data_root: Path | None,       # Folder that holds the publishers' folders; virtual brains need none
 ) -> dict:                        # For the metrics of the run; empty on virtual patients, who are all used
     "Which of the publisher's cases the seeded choice takes; the others by their running number, sorted by name."
     if run.virtual: return {}
@@ -240,7 +246,7 @@ def real_sets(
     data_root: Path | None = None,    # Folder that holds the publishers' folders
     say: Callable = print,            # Takes a line where there is something to wait for
 ) -> Sets:
-    "The real brains of a run."
+    "The real brains of a run; a `ConfigError` if there are too few."
     cases = real_cases(run.dataset, data_root)
     if run.is_source:
         if len(cases) < run.hcp: raise ConfigError(f'{FOLDERS[run.dataset]} holds {len(cases)} subjects, but this scale wants {run.hcp}: complete it')
@@ -255,7 +261,7 @@ def real_sets(
     return Sets(train, valid, _prepared(online, run, say, box) if online else test)
 
 def read_sets(
-    run: TimmRun,
+    run: TimmRun,                     # Data set, start and portion
     data_root: Path | None = None,    # Folder that holds the publishers' folders; virtual brains need none
     say: Callable = print,            # Takes a line where there is something to wait for
 ) -> Sets:
@@ -264,11 +270,11 @@ def read_sets(
 
 # %% ../../nbs/api/repro/11_brains.ipynb #af75b320
 def shared(run: TimmRun) -> Callable:    # (name, module) -> bool, for P
-    "What is transferred between tasks."
+    "What is transferred between tasks: P as in Section 4.1, or with the norm layers."
     return is_shared_with_norms if run.norms == 'shared' else is_shared
 
 def begin(
-    run: TimmRun,
+    run: TimmRun,      # Number of filters and regions, seed
     brains: Brains,    # What it will see: gives the number of contrasts
 ) -> UNet3D:           # P as without transfer
     "The network of a run with all that its seed decides."
@@ -279,15 +285,21 @@ _FISHER, _ADAPTED = 'fisher.', 'adapted.'  # Before the names of tensors that st
 
 def _named(record, prefix) -> dict[str, Tensor]: return {k.removeprefix(prefix): v for k, v in record.weights().items() if k.startswith(prefix)}
 
-def weights_of(record: Record) -> dict[str, Tensor]:
+def weights_of(
+    record: Record,         # A run of a store
+) -> dict[str, Tensor]:     # State dict
     "Weights of a trained network."
     return {k: v for k, v in record.weights().items() if not k.startswith((_FISHER, _ADAPTED))}
 
-def fisher_of(record: Record) -> dict[str, Tensor]:
-    "Fisher information of P, of a source network."
+def fisher_of(
+    record: Record,         # Run of a source network
+) -> dict[str, Tensor]:     # Parameter name -> its diagonal, shaped like the parameter
+    "Fisher information of P, of a source network (Section 3.1)."
     return _named(record, _FISHER)
 
-def adapted_of(record: Record) -> dict[str, Tensor]:
+def adapted_of(
+    record: Record,         # Run that starts from both source networks
+) -> dict[str, Tensor]:     # Parameter name -> values
     "P of a merged start: for T-IMM as it is after the adaption."
     return _named(record, _ADAPTED)
 
@@ -305,9 +317,9 @@ def carried(
 
 # %% ../../nbs/api/repro/11_brains.ipynb #db96632c
 def learner(
-    run: TimmRun,
-    net: UNet3D,
-    data: Sets,
+    run: TimmRun,    # Batch, patch, precision
+    net: UNet3D,     # Of `begin`
+    data: Sets,      # Of `read_sets`
 ) -> Learner:    # Soft Dice, Adam; epochs of `validate_every` steps
     "A network with the brains of its run."
     net.to(default_device())  # The probe has to time what will train
@@ -316,8 +328,8 @@ def learner(
     return Learner(dls, net, loss_func=soft_dice_loss, opt_func=Adam, wd=0.)  # Decay would pull towards zero, not towards the source
 
 def training(
-    run: TimmRun,
-    context: Context,
+    run: TimmRun,        # Protocol, patience, rates, seed
+    context: Context,    # Folder for checkpoints, progress
 ) -> dict:    # Arguments that `fit_until` and `fit_timm` have in common
     "How long a run trains, and how its learning rate falls."
     return dict(validate_every=run.validate_every, lr=run.lr, patience=None if run.protocol == 'matched' else run.patience, halve_after=run.halve_after or None, seed=run.seed,
@@ -325,7 +337,7 @@ def training(
 
 def phase_facts(
     stages: dict[str, PhaseResult],    # Name -> stage, in the order of training
-    run: TimmRun,
+    run: TimmRun,                      # Its batch size
     n_train: int,                      # Training cases: an epoch is one pass over them
 ) -> dict:                             # For the metrics of the run
     "Length of each stage, and the validation score, a soft Dice, of what it hands on: adaption its last network, fine-tuning its best (Table 3)."
@@ -347,12 +359,12 @@ def history_of(
     return rows
 
 def score(
-    net: UNet3D,
+    net: UNet3D,                                 # Trained
     brains: Brains,                              # To test on
     regions: dict[str, tuple[int, ...]],         # Name -> numbers in the label volume
     window: tuple[int, int, int] | None = None,  # Of a sliding window; None: whole volumes
-) -> dict[str, np.ndarray]:                      # (P,) per patient, in order: dice_<region>, their mean dice, volumes ml_<region> and predicted_ml_<region>
-    "Dice per patient and region of the network's own masks, which need not be nested as in a submission; 1 where a region is neither there nor predicted."
+) -> dict[str, np.ndarray]:                      # (P,) per patient, in order: dice_<region>, their mean dice; in ml: ml_<region>, predicted_ml_<region>
+    "Dice per patient and region (Section 4.4) of masks that need not be nested as in a submission; 1 where a region is neither there nor predicted."
     ml, rows = float(np.prod(brains.spacing))/1000, []
     for image, labels in zip(brains.images, brains.labels):
         predicted, row = predict_volume(net, image.astype(np.float32), window).numpy() >= .5, {}
@@ -367,7 +379,7 @@ def write_submissions(
     folder: Path,             # Made if missing
     data_root: Path,          # Folder that holds the publishers' folders
 ) -> list[Path]:              # <patient>.nii.gz, labels 1, 2, 4
-    "Segment the online patients for the leaderboard."
+    "Segment the online patients for the leaderboard; a `ConfigError` for runs that it does not test."
     run = record.config
     if (run.dataset, run.portion) != ('brats', '100%'): raise ConfigError(f'{run.label}: only networks trained on 100% of BraTS are tested by the leaderboard')
     net, test = trained_net(record), read_sets(run, data_root).test
@@ -382,9 +394,9 @@ def _mode(net) -> dict: return dict(precision=f'{net.mode.dtype}{" channels-last
 
 def train_source(
     run: TimmRun,        # Of a source network
-    context: Context,
+    context: Context,    # M1 where M2 is trained, folder for checkpoints, data root, progress
 ) -> Result:             # Weights and Fisher information; Dice of the task on the test subjects
-    "Train one source network, and measure its Fisher information."
+    "Train one source network (Section 4.3), and measure its Fisher information (Section 3.1)."
     data = read_sets(run, context.data_root)
     net = begin(run, data.train)
     for parent in context.parents: load_strict(net, weights_of(parent))
@@ -411,7 +423,7 @@ def remembered(
     starts: dict[str, dict[str, Tensor]],        # Name -> P
     data_root: Path | None = None,               # Folder that holds the publishers' folders
 ) -> dict[str, np.ndarray]:                      # 'remembers_<start>_<task>' -> (P,) Dice per test subject; the task is named by its source network
-    "Dice of tasks 1 and 2 with the P of each start and the S of each source network."
+    "Dice of tasks 1 and 2 with the P of each start and the S of each source network (Section 4.3, Table 4)."
     found = {}
     for source in sources:
         run, test = source.config, read_sets(source.config, data_root).test
@@ -428,18 +440,18 @@ def start_P(
     net: UNet3D,                  # That it goes into
     sources: Sequence[Record],    # Source networks
 ) -> dict[str, Tensor]:
-    "P of a start that is known before training."
+    "P of a start that is known before training: of one source network, or common IMM of two (Eq. 2 with ratios of 1/2, Section 3.2)."
     weights = [carried(net, weights_of(s), run) for s in sources]
     if len(sources) == 1: return weights[0]
     return mode_imm(weights, [carried(net, fisher_of(s), run, fisher=True) for s in sources], scale=run.fisher_scale, names=list(weights[0]))
 
 def fit_target(
-    run: TimmRun,
+    run: TimmRun,                 # On tumours
     learn: Learner,               # Network as `begin` made it; holds the trained weights afterwards
     sources: Sequence[Record],    # Source networks
-    context: Context,
+    context: Context,             # Folder for checkpoints, progress
 ) -> tuple[dict[str, PhaseResult], dict[str, Tensor], dict[str, Tensor]]:  # Stages; P of a merged start; mixing ratios per unit
-    "Start and train one target network."
+    "Start and train one target network; T-IMM in two stages (Section 3.3)."
     how, net = training(run, context), learn.model
     if run.start == 'timm':
         weights, information = ([carried(net, of(s), run, fisher=of is fisher_of) for s in sources] for of in (weights_of, fisher_of))
@@ -451,8 +463,8 @@ def fit_target(
     return dict(fine_tuning=fit_until(learn, run.steps, **how)), P, {}
 
 def missing(
-    run: TimmRun,
-    net: UNet3D,
+    run: TimmRun,            # How P is chosen
+    net: UNet3D,             # The target
     P: dict[str, Tensor],    # What was transferred
 ) -> str:                    # Layers, or 'nothing'
     "The layers of P that a start could not give to the network."
@@ -483,8 +495,8 @@ def train_target(
     return Result(metrics=facts, state=learn.model.state_dict() | kept, predictions=patients | notes, history=history_of(stages))
 
 def train(
-    run: TimmRun,
-    context: Context,
+    run: TimmRun,        # What to train
+    context: Context,    # Source networks, folder for checkpoints, data root, progress
 ) -> Result:
     "Train one run: a source network, or a target network."
     return (train_source if run.is_source else train_target)(run, context)

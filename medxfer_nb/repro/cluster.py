@@ -80,7 +80,7 @@ def receive_record(
     spec:Mapping, # The job: key, paper, config, parents, data_hash, code
     files:Mapping # File name -> bytes, from `pack_record`
 ) -> None:
-    "Put a record that travelled into a store: all of it or nothing"
+    "Put a record that travelled into a store: all of it or nothing; a `ClusterError` if it is not that of the job"
     key = spec['key']
     if set(files) != set(_PARTS): raise ClusterError(f"a record has the files {', '.join(_PARTS)}, not {', '.join(sorted(map(str, files)))}")
     with store.running(key, timeout=60):
@@ -104,7 +104,7 @@ def inside(
     folder:Path, # Where files may go
     name:str # Relative path, with slashes
 ) -> Path:
-    "The path of a file that travelled; one that leads elsewhere, or is of a kind that could hold code, is refused"
+    "The path of a file that travelled; one that leads elsewhere, or is of a kind that could hold code, is refused (`ClusterError`)"
     path = PurePosixPath(name)
     if path.is_absolute() or '..' in path.parts or re.search(r'[\\:]', name): raise ClusterError(f'{name!r} leads out of the folder that it belongs to')
     if path.suffix not in _SUFFIXES: raise ClusterError(f"{name!r} may not travel: only {', '.join(_SUFFIXES)} do")
@@ -114,7 +114,7 @@ def receive_piece(
     folder:str, # Of the study, on the worker
     name:str, # Of the file
     offset:int, # Where the piece belongs
-    piece:bytes
+    piece:bytes # What it holds from there on
 ) -> None:
     "Write a piece of a file"
     path = inside(Path(folder), name)
@@ -207,7 +207,13 @@ class Errand:
         self.order, self.spec, self.worker = order, order['job'], get_worker()
         self.task, self.shared, self.store, self.data_root = self.worker.get_current_task(), False, None, None
 
-    def reply(self, status:str, message:str='', **more) -> dict: return dict(status=status, message=message, worker=self.worker.address, **more)
+    def reply(self,
+        status:str, # done, failed, skipped, refused, again or undelivered
+        message:str='', # Why it is not done
+        **more # seconds, key, record, log, shared: what the status calls for
+    ) -> dict:
+        "The end of the errand, in words for the client"
+        return dict(status=status, message=message, worker=self.worker.address, **more)
 
     def tell(self, kind:str, **more) -> None:
         "Send the client a message; the scheduler passes it on"
@@ -293,7 +299,11 @@ def train(self:Errand) -> dict: # The reply
     return self.reply('done', seconds=seconds, key=key, record=None if self.shared else pack_record(record))
 
 @patch
-def failed(self:Errand, why:str, seconds:float=0., log:Path=None) -> dict:
+def failed(self:Errand,
+    why:str, # Last lines of the job, or the error
+    seconds:float=0., # It took
+    log:Path=None # What it printed, if it began
+) -> dict:
     "The reply of a job that failed; of its log as much as one reads"
     text = log.read_text(encoding='utf-8', errors='replace')[-100_000:] if log and log.exists() else why
     folders = [f for f in (self.store and self.store.root, self.worker.local_directory) if f]
@@ -302,7 +312,9 @@ def failed(self:Errand, why:str, seconds:float=0., log:Path=None) -> dict:
 
 # %% ../../nbs/api/repro/02b_cluster.ipynb #f5852186
 @patch
-def run(self:Errand, parents:Sequence) -> dict:
+def run(self:Errand,
+    parents:Sequence # Replies of the jobs that this one starts from
+) -> dict:
     "From an order to a reply"
     statuses = {p['status'] for p in parents}
     if statuses & {'failed', 'skipped'}: return self.reply('skipped', 'what it starts from failed')
@@ -349,7 +361,7 @@ class _Flight:
     fraction: float | None = None # None: not begun
 
 class Dask:
-    "Each run on some worker of a Dask cluster, in a process of its own"
+    "Each run on some worker of a Dask cluster, in a process of its own; a `ClusterError` for impossible options"
     elsewhere = True
     def __init__(self,
         store, # Where records go: `Store` or its folder
@@ -373,9 +385,12 @@ class Dask:
     def __enter__(self): return self
     def __exit__(self, *exception): self.close()
 
-    def submit(self, job, after=()): return Ticket(job, tuple(after))
+    def submit(self, job, after=()):
+        "Take a job in; nothing is sent before `gather`"
+        return Ticket(job, tuple(after))
 
     def gather(self, tickets, watch=lambda running: None):
+        "Send jobs as workers can begin them; a `ClusterError` if the scheduler is lost, or no worker may train"
         waiting, running = list(tickets), {}
         self._open()
         try:
@@ -390,7 +405,7 @@ class Dask:
 # %% ../../nbs/api/repro/02b_cluster.ipynb #3766b1d9
 @patch
 def connect(self:Dask): # distributed.Client
-    "The connection to the scheduler, made on first use"
+    "The connection to the scheduler, made on first use; a `ClusterError` if none answers within 15 s"
     from distributed import Client # Who uses one machine need not import it
     if self.client: return self.client
     if isinstance(self.target, ClusterSpec): self.cluster = self.target.open()
@@ -750,11 +765,13 @@ class ClusterSpec:
     gpus: int = 0 # Of each worker
 
     @property
-    def processes(self) -> int: # Workers per job of the batch system
+    def processes(self) -> int:
+        "Workers per job of the batch system"
         return self.options.get('processes', 1)
 
     @property
-    def most(self) -> int: # Runs at once
+    def most(self) -> int:
+        "Workers when it has grown as far as it may: runs at once"
         return (self.workers or self.adapt[1])*self.processes
 
     def worker_arguments(self) -> list:
@@ -764,7 +781,7 @@ class ClusterSpec:
         return ['--nthreads', '1', '--resources', f'CORES={cores}' + ',GPU=1'*self.gpus, *(lifetime(self.options['walltime']) if 'walltime' in self.options else []), *given]
 
     def job_script(self) -> str:
-        "What will be submitted"
+        "What will be submitted; a `ClusterError` for kind local, where nothing is"
         if self.kind == 'local': raise ClusterError('kind: local: nothing is submitted, so there is no script')
         with self._made() as cluster: return cluster.job_script()
 
@@ -775,7 +792,9 @@ class ClusterSpec:
         else: cluster.scale(self.most)
         return cluster
 
-    def keep(self, cluster) -> None:
+    def keep(self,
+        cluster # From `open`
+    ) -> None:
         "Ask anew for workers whose walltime is over"
         if not self.adapt: cluster.scale(self.most)
 
@@ -859,7 +878,7 @@ def _check_sense(spec:ClusterSpec) -> None:
 def cluster_from_yaml(
     path # The file
 ) -> ClusterSpec:
-    "Read a cluster from a YAML file"
+    "Read a cluster from a YAML file; a `ClusterError` names the key that is wrong"
     try: given = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except OSError as e: raise ClusterError(f'{path}: cannot be read: {e.strerror}') from None
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ClusterError(f'{path}: is not YAML: {e}') from None

@@ -41,10 +41,10 @@ class ColorRun(RunConfig):
     "One training run of the colorization paper."
     paper: ClassVar[str] = 'colorization'
     scale: str                            # Preset it was made from; written on every figure
-    strategy: Literal['baseline', 'baseline_all', 'color_module', 'all', 'last_layer']
+    strategy: Literal['baseline', 'baseline_all', 'color_module', 'all', 'last_layer']  # What is trained (Section III.A; the baselines: V.A)
     module: str = 'none'                  # T: 'none' (replicate), 'affine', 'deconv', 'pixelshuffle', 'coloru'
     backbone: str                         # E: a timm name
-    dataset: Literal['virtual-chest', 'virtual-hospital', 'virtual-bone', 'chexpert', 'chestxray14', 'mura']
+    dataset: Literal['virtual-chest', 'virtual-hospital', 'virtual-bone', 'chexpert', 'chestxray14', 'mura']  # Trained and tested on
     source: Literal['', 'color_module', 'all'] = ''  # Strategy on the source data set whose T (and E) it starts from
     size: int                             # Network input, pixels
     batch: int                            # Films per step
@@ -85,7 +85,7 @@ class ColorRun(RunConfig):
 def weights_parent(
     run: ColorRun,      # A run
 ) -> ColorRun | None:   # The run whose T (and E) it starts from
-    "What Eq. 1 to 3 start from."
+    "The earlier stage that Eq. 2 and 3 start from; Eq. 1 starts from ImageNet, and needs none."
     if run.source: return replace(run, strategy=run.source, dataset=SOURCE[run.dataset], source='', n_train=0, draw=0)
     return replace(run, strategy='color_module') if run.strategy == 'all' else None
 
@@ -111,7 +111,7 @@ def need_root(
     dataset: str,             # One of `REAL`
     data_root: Path | None,   # What the user gave
 ) -> Path:                    # The folder
-    "Ask for the folder of the real data sets where there is none."
+    "Ask (`ValueError`) for the folder of the real data sets where there is none."
     if data_root is None: raise ValueError(f'{dataset} is read from your own copy: pass the folder that holds it as data_root (--data-root on the command line)')
     return Path(data_root)
 
@@ -125,7 +125,9 @@ def read_real(
     return reader(data_root, train), reader(data_root, test)
 
 # %% ../../nbs/api/repro/04_colorization.ipynb #bb0f347e
-def settled(cases: Cases) -> Cases:
+def settled(
+    cases: Cases,  # Labels 1, 0, -1 (uncertain) or NaN (masked)
+) -> Cases:        # Without -1
     "The paper's policy for uncertain labels (Section IV.A)."
     return replace(cases, frame=apply_policy(cases.frame, 'paper', list(cases.labels))) if (cases.targets == -1).any() else cases
 
@@ -181,7 +183,7 @@ def build_net(
     n_labels: int,                   # Binary heads
     data_root: Path | None = None,   # See `imagenet_weights`
 ) -> ColorizedNet:                   # Not yet trained
-    "The network C(E(T(x))) of a run."
+    "The network C(E(T(x))) of a run: (N, 1, S, S) gray films to (N, n_labels) logits."
     return colorized_net(run.module, run.backbone, n_labels, pretrained=run.weights == 'imagenet' and imagenet_weights(run.backbone, data_root))
 
 def known_mean(
@@ -197,6 +199,7 @@ class Tell(Callback):
     "Report how much of a run is done."
     def __init__(self, progress): self.progress = progress
     def after_batch(self):
+        "After each training batch: progress(fraction of the stage, 0 to 1)."
         if self.training: self.progress(self.pct_train)
 
 @torch.no_grad()
@@ -212,7 +215,7 @@ def score(
     cases: Cases,         # Test films
     scores: np.ndarray,   # (N, C) logits
 ) -> dict[str, float]:    # AUC per image and per study: of each observation, and their mean (NaN unless all are defined)
-    "The metrics of Section IV.C; a study's score is the mean probability of its films."
+    "The AUC of Section IV.C, per image, and beyond the paper per study, whose score is the mean probability of its films."
     studies = per_study(cases.targets, 1/(1 + np.exp(-scores)), cases.study_codes)
     metrics = {}
     for unit, (y, s) in {'': (cases.targets, scores), 'study_': (studies.targets, studies.scores)}.items():
@@ -307,7 +310,7 @@ def colour_module(
 def export_colorizer(
     record: Record,           # A run of the store
     path: Path,               # NAME of NAME.safetensors and NAME.json
-    licence: str = 'Apache-2.0 (weights); the licence of the training films applies',
+    licence: str = 'Apache-2.0 (weights); the licence of the training films applies',  # Written on the card
 ) -> Card:                    # As written
     "Write a run's colour module with its card: channels, normalisation, where it was trained, licence."
     run = record.config

@@ -49,7 +49,9 @@ class Experiment:
     travel: Callable = _stays # travel(data_root) -> {relative path: file or bytes}: what a machine without these data is sent. Default: nothing, they are too large
 
     @property
-    def module(self) -> str: return self.code or self.train.__module__
+    def module(self) -> str: # Dotted name
+        "The module whose source enters the key of its runs"
+        return self.code or self.train.__module__
 
 EXPERIMENTS = {'colorization': 'medxfer_nb.repro.colorization:EXPERIMENT', 'l2sp': 'medxfer_nb.repro.lesions:EXPERIMENT', 'timm': 'medxfer_nb.repro.brains:EXPERIMENT'}
 
@@ -63,7 +65,7 @@ def register(
 def experiment(
     paper:str # `RunConfig.paper`
 ) -> Experiment:
-    "The experiment of a paper, imported now"
+    "The experiment of a paper, imported now; a `ConfigError` if none is registered under this name"
     if paper not in EXPERIMENTS: raise ConfigError(f"no experiment is called {paper!r}; there are {', '.join(sorted(EXPERIMENTS))}")
     module, name = EXPERIMENTS[paper].split(':')
     return getattr(importlib.import_module(module), name)
@@ -72,10 +74,10 @@ def experiment(
 @dataclass(frozen=True)
 class Job:
     "One run, ready to be looked up or trained"
-    config: RunConfig
+    config: RunConfig # What to train
     key: str # In the store
     parents: tuple # Jobs it starts from
-    data_hash: str
+    data_hash: str # Of `Experiment.data_hash`
     code: dict = field(hash=False) # module, hash
     cost: float # `Experiment.cost`
 
@@ -144,7 +146,7 @@ def plan(
     data_root:str|Path=None, # The user's data sets
     published:bool=False # Take a committed result where the store has none
 ) -> Plan:
-    "What is stored, what must be trained, in which order; nothing is trained"
+    "What is stored, what must be trained, in which order; nothing is trained. A `ConfigError` for an ancestor of itself, or another paper's class"
     jobs, found, todo = _Jobs(data_root), {}, {}
     def need(job): # Parents are trained even where published: their weights are not
         if job.key in todo or store.get(job.key): return
@@ -191,7 +193,7 @@ def perform(
     data_root:Path=None, # The user's data sets
     progress:Callable=lambda fraction, note='': None # Told how far it is
 ) -> Record:
-    "Train one run in this process, unless the store has it"
+    "Train one run in this process, unless the store has it; a `LookupError` if a run that it starts from is not stored"
     import torch
     with store.running(job.key):
         if record := store.get(job.key, job.config): return record
@@ -211,7 +213,7 @@ class Outcome:
     "How a job ended"
     job: Job
     status: str # done, failed, or skipped because an ancestor failed
-    seconds: float = 0.
+    seconds: float = 0. # Wall time
     message: str = '' # Why it is not done
     log: Path | None = None # What it printed
 
@@ -231,8 +233,20 @@ class Ticket:
 class Executor(Protocol):
     "Whatever can run jobs"
     elsewhere: bool = False # On machines that do not see what this one prepares
-    def submit(self, job:Job, after:Sequence[Ticket]=()) -> Ticket: ...
-    def gather(self, tickets:Sequence[Ticket], watch:Callable[[Mapping[Job, float]], None]) -> Iterator[Outcome]: ...
+
+    def submit(self,
+        job:Job, # To be trained
+        after:Sequence[Ticket]=() # Of the jobs that have to be done before
+    ) -> Ticket:
+        "Take a job in"
+        ...
+
+    def gather(self,
+        tickets:Sequence[Ticket], # From `submit`, parents before their children
+        watch:Callable[[Mapping[Job, float]], None] # Told again and again: job that runs -> fraction done, 0 to 1
+    ) -> Iterator[Outcome]:
+        "Carry the jobs out; each outcome as it comes, a failure too: nothing is raised for it"
+        ...
 
 # %% ../../nbs/api/repro/02_jobs.ipynb #c3234532
 class Serial:
@@ -244,10 +258,12 @@ class Serial:
         self.store, self.data_root = store, data_root
 
     def submit(self, job, after=()):
+        "Take a job in; a `ConfigError` if its code changed on the disk since this process imported it"
         check_imported(job.code['module'])
         return Ticket(job, tuple(after))
 
     def gather(self, tickets, watch=lambda running: None):
+        "Train the jobs in their order; the traceback of one that fails goes to its log"
         for t in tickets:
             t.outcome = t.blocked() or self._run(t.job, watch)
             yield t.outcome
@@ -284,7 +300,7 @@ def same_data(
     job:Job, # About to be trained
     data_root:Path|None # The data sets of the machine that trains it
 ) -> None:
-    "Refuse to train on other data than those that the run was planned with: the result would be kept under their key"
+    "Refuse (`ConfigError`) to train on other data than those that the run was planned with: the result would be kept under their key"
     found = experiment(job.config.paper).data_hash(job.config, data_root)
     if found != job.data_hash: raise ConfigError(f'the data are not those that the run was planned with (fingerprint {found[:12]}, planned {job.data_hash[:12]}): copy the same data set to {data_root or "this machine"}')
 
@@ -401,7 +417,7 @@ def _spawn(order:dict, env:dict) -> subprocess.Popen:
         return subprocess.Popen([*_START, _MAIN, json.dumps(order)], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
 class Processes:
-    "Each run in a process of its own, several at once"
+    "Each run in a process of its own, several at once; a `ConfigError` for less than one"
     def __init__(self,
         store:Store, # Where records go
         data_root:Path=None, # The user's data sets
@@ -410,9 +426,12 @@ class Processes:
         if n < 1: raise ConfigError(f'{n} processes cannot run anything; use 1 or more')
         self.store, self.data_root, self.n, self.server = store, data_root, n, None
 
-    def submit(self, job, after=()): return Ticket(job, tuple(after))
+    def submit(self, job, after=()):
+        "Take a job in; its process begins in `gather`"
+        return Ticket(job, tuple(after))
 
     def gather(self, tickets, watch=lambda running: None):
+        "Keep `n` processes at work; those that still run when the caller stops are ended, their checkpoints stay"
         waiting, running = list(tickets), {}
         try:
             if sys.platform == 'linux' and waiting: # Elsewhere there is no fork, or none that frameworks survive
@@ -499,6 +518,7 @@ class Progress:
     def watch(self,
         running:Mapping # Job -> fraction done
     ) -> None:
+        "Say how far the run is that has been at it longest: every 30 s, in a terminal twice a second"
         now = time.perf_counter()
         self.begun = {j: self.begun.get(j, now) for j in running}
         if running and now - self.said > (.5 if self.live else 30):
@@ -508,6 +528,7 @@ class Progress:
     def ends(self,
         outcome:Outcome # Of a job
     ) -> None:
+        "Say that a job has ended, and how"
         self.ended[outcome.job.key] = outcome
         self.begun.pop(outcome.job, None)
         self._say(outcome.job, len(self.ended), outcome.seconds, {}, '' if outcome.status == 'done' else f' · {outcome.status}: {outcome.message.splitlines()[-1]}')
@@ -530,6 +551,7 @@ class Runs(list):
     def find(self,
         config:RunConfig # One that was asked for
     ) -> Record | None: # None: it failed
+        "Its record"
         return self._by_config.get(config)
 
     def summary(self) -> str:
@@ -572,7 +594,7 @@ def load_or_run(
     strict:bool=False, # Raise `RunFailed` if any run failed
     executor:Executor=None # Instead of the one that `jobs` chooses
 ) -> Runs: # Records, and failures
-    "Load what is stored, train what is not"
+    "Load what is stored, train what is not; what fails is told in `Runs.failures`, or raised as `RunFailed` if `strict`"
     store = store if isinstance(store, Store) else Store(store)
     p = plan(configs, store, data_root, published)
     executor = executor or (Serial(store, data_root) if jobs == 1 else Processes(store, data_root, jobs))

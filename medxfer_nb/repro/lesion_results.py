@@ -63,6 +63,7 @@ class Statement:
 
     @property
     def about(self) -> str:
+        "The statement in words: source, metric and penalty weight"
         what = f'{self.metric.capitalize()} at λ = {self.lam:g} minus λ = 0'
         return f'{SOURCE_TITLES[self.source]}: {what}' if not self.other else f'{what}: {SOURCE_TITLES[self.source]} minus {SOURCE_TITLES[self.other]}'
 
@@ -75,7 +76,9 @@ class Statement:
         return Target(self.about, float(self.says), source='Section II, a hypothesis' if self.other else 'Section III' + ', our reading'*(self.source == 'med'), digits=3, difference=True)
 
     @property
-    def has_number(self) -> bool: return self.source == 'med+nat' and not self.other  # Else the text gives a sign only
+    def has_number(self) -> bool:
+        "Does the text print both values? Else it gives a sign only"
+        return self.source == 'med+nat' and not self.other
 
     @property
     def published_p(self) -> float:
@@ -91,10 +94,10 @@ STATEMENTS = tuple(Statement(s, m, says=-1 if s == 'nat' else 1) for s in SOURCE
 @dataclass(frozen=True)
 class Finding:
     "One statement and what ours says about it."
-    statement: Statement
+    statement: Statement              # What was published
     difference: TwoLevelMean | None   # None: not run
     tests: pd.DataFrame | None        # Of `paired_table`
-    claim: Claim
+    claim: Claim                      # With the verdict
     adjusted: float = math.nan        # Paired t-test, adjusted over the table
 
 def _scores(table, source, lam, metric) -> pd.DataFrame | None:
@@ -124,7 +127,7 @@ def judge(
 
 def find(
     table: pd.DataFrame,       # Of `patients_frame`, runs of one scale
-    scale: LesionScale,
+    scale: LesionScale,        # That scale
 ) -> list[Finding]:            # One per statement
     "What our runs say about each statement."
     def values(s):
@@ -153,9 +156,9 @@ def findings_table(
 # %% ../../nbs/api/repro/10_lesion_results.ipynb #961458a6
 def best_replicates(
     table: pd.DataFrame,     # Of `patients_frame`
-    metric: str = 'dice',
+    metric: str = 'dice',    # One of its columns
     n: int = 2_000,          # Resamplings of patients and seeds, the same for every source
-    seed: int = 0,
+    seed: int = 0,           # Of the resampling
 ) -> pd.DataFrame:           # (n, sources) the penalty weight with the best mean; seeds that any λ lacks are left out
     "The best penalty weight of each source, replicate by replicate."
     found = {}
@@ -170,7 +173,7 @@ def best_replicates(
 
 def best_lambda(
     table: pd.DataFrame,     # Of `patients_frame`
-    metric: str = 'dice',
+    metric: str = 'dice',    # One of its columns
 ) -> pd.DataFrame:           # One row per source, one column per penalty weight: share of replicates in which it is best, in percent
     "How sure the best penalty weight of each source is."
     best = best_replicates(table, metric)
@@ -179,7 +182,7 @@ def best_lambda(
 
 def closer_source(
     table: pd.DataFrame,     # Of `patients_frame`
-    metric: str = 'dice',
+    metric: str = 'dice',    # One of its columns
 ) -> pd.DataFrame:           # One row per medical source: share of replicates in percent
     "Is the best penalty weight of a medical encoder larger than that of ImageNet's? (Section II, the hypothesis)"
     best = best_replicates(table, metric)
@@ -192,7 +195,9 @@ class Gathered(Collection):
     "The runs of a table or figure of the L2-SP paper."
     presets = lesion_scales
 
-    def find(self) -> list[Finding]: return find(patients_frame(self.records), self.scale) if self.records else []
+    def find(self) -> list[Finding]:
+        "What the runs of this scale say about each statement; empty if there are none"
+        return find(patients_frame(self.records), self.scale) if self.records else []
 
     def find_study(self) -> list[Finding]:
         "The same for the committed results; empty if there are none"
@@ -221,9 +226,9 @@ def published_table(
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('method')
 
 def value_claims(
-    g: Gathered,
+    g: Gathered,    # From `gather`
 ) -> list[Claim]:   # Empty on virtual patients, whose Dice cannot equal a published one
-    "At paper scale, each published value against ours."
+    "At paper scale, each value that Section III prints against ours; a Dice or precision within 0.02 is tolerated."
     if g.scale.virtual or not g.records: return []
     table, found = patients_frame(g.records), []
     for p in published_points().itertuples():
@@ -233,7 +238,7 @@ def value_claims(
 
 # %% ../../nbs/api/repro/10_lesion_results.ipynb #7015689a
 def source_table(
-    g: Gathered,
+    g: Gathered,           # From `gather`
     store: str = '',       # As for `gather`
 ) -> pd.DataFrame:         # One row per trained source, one column per task
     "Dice of the source networks on their validation patients; empty where none was trained."

@@ -30,12 +30,14 @@ class LesionScale:
     seeds: tuple[int, ...]       # Initialisations of the decoder, and order of the slices
     needs: str                   # What it costs
     frozen: bool = True          # Is the limit shown?
-    sources: tuple[str, ...] = ('nat', 'med', 'med+nat')
+    sources: tuple[str, ...] = ('nat', 'med', 'med+nat')  # Of Section II.A
     lr: float = 1e-3             # Maximum of the One Cycle
-    precision: str = 'auto'
+    precision: str = 'auto'      # Of encoder and decoder
 
     @property
-    def virtual(self) -> bool: return self.dataset.startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
+    def virtual(self) -> bool:
+        "Virtual patients? They show mechanisms, not clinical numbers"
+        return self.dataset.startswith('virtual')
 
 LAMBDAS = (0., .5, 1., 2., 4., 8., 16., 50.)  # Figure 1
 BELOW = (.001, .01, .1)  # Where the penalty starts to matter, with a loss that is a mean over pixels
@@ -55,7 +57,7 @@ SCALES = {s.name: s for s in (
 def scale_named(
     name: str,        # One of `SCALES`
 ) -> LesionScale:     # Its preset
-    "Look a scale up, or say which ones there are."
+    "Look a scale up, or say (`ValueError`) which ones there are."
     if name not in SCALES: raise ValueError(f"no scale is named {name!r}; choose one of: {', '.join(SCALES)}")
     return SCALES[name]
 
@@ -89,7 +91,7 @@ def item_runs(
     scale: LesionScale,             # Preset
     seeds: tuple[int, ...] = (),    # Instead of the preset's
 ) -> list[LesionRun]:               # Its runs, seed by seed
-    "The runs that a table or figure shows."
+    "The runs that a table or figure shows; a `ValueError` if there is none of this name."
     if item not in ITEMS: raise ValueError(f"no table or figure is named {item!r}; choose one of: {', '.join(ITEMS)}")
     seeds = tuple(seeds) or scale.seeds
     return [run for seed in (seeds[:1] if item == 'fig2_overlays' else seeds) for run in ITEMS[item](scale, seed)]

@@ -54,7 +54,7 @@ class LesionRun(RunConfig):
     frozen: bool = False                  # The limit of an infinite penalty weight
     form: Literal['loss', 'grad', 'proximal'] = 'grad'  # Of the penalty, see `transfer.l2sp`
     backbone: str                         # Encoder: a timm name
-    dataset: Literal['virtual-covid', 'covid-ct', 'virtual-organs', 'decathlon']
+    dataset: Literal['virtual-covid', 'covid-ct', 'virtual-organs', 'decathlon']  # The last two train source networks
     size: int                             # Network input, pixels
     batch: int                            # Slices per step
     steps: int                            # Optimiser steps
@@ -80,7 +80,9 @@ class LesionRun(RunConfig):
             raise ConfigError(f'sizes and counts must be positive, and steps ({self.steps}) a multiple of validate_every ({self.validate_every})')
 
     @property
-    def is_source(self) -> bool: return self.dataset in SOURCE.values()
+    def is_source(self) -> bool:
+        "Does it train a source network?"
+        return self.dataset in SOURCE.values()
 
     @property
     def label(self) -> str:
@@ -93,7 +95,7 @@ SOURCE_SEED = 1_000  # No target run has it: else its decoder would begin where 
 def source_run(
     run: LesionRun,      # A run
 ) -> LesionRun | None:   # The run that trains its source network; None: it needs none
-    "The HydraNet that gives a run its encoder: one for all seeds and all penalty weights."
+    "The HydraNet (Section II.A) that gives a run its encoder: one for all seeds and all penalty weights."
     if run.is_source or run.source == 'nat': return None
     every = max(run.source_steps//4, 1)
     return replace(run, dataset=SOURCE[run.dataset], lam=0., frozen=False, form='grad', seed=SOURCE_SEED, steps=every*4, validate_every=every, source_steps=0,
@@ -116,7 +118,9 @@ class Scan:
     truth: np.ndarray                      # (Z, Y, X) classes at the original size
     spacing: tuple[float, float, float]    # mm (z, y, x) of the original
 
-def virtual_scans(slices: Slices) -> Iterator[Scan]:
+def virtual_scans(
+    slices: Slices,   # Of `virtual_ct`
+) -> Iterator[Scan]:  # Pixels and truth (Z, S, S): the size of the slices is the original one
     "The volumes of a virtual pool, one by one."
     for v in range(len(slices.patients)):
         rows = np.flatnonzero(slices.volume == v)
@@ -143,11 +147,11 @@ def covid_split(
     run: LesionRun,                 # Counts, and by what is split
     data_root: Path | None,         # Folder that holds the two collections
 ) -> dict[str, list[CTCase]]:       # 'train', 'valid', 'test'
-    "The paper's 29 volumes, dealt out."
+    "The paper's 29 volumes, dealt out (Section III): 21, 3 and 5 of them at paper scale."
     return split_cases(read_covid(need_root(run.dataset, data_root), flipped=run.flipped), (run.n_train, run.n_valid, run.n_test), seed=0, by=run.split)
 
 def target_slices(
-    run: LesionRun,
+    run: LesionRun,                    # On the target task
     data_root: Path | None = None,     # See `covid_split`
 ) -> tuple[Slices, Slices]:            # To train on, to validate on
     "Slices of the target task."
@@ -157,7 +161,7 @@ def target_slices(
     return tuple(virtual_ct(*pool) for pool in virtual_pools(run)[:2])
 
 def test_scans(
-    run: LesionRun,
+    run: LesionRun,                    # On the target task
     data_root: Path | None = None,     # See `covid_split`
 ) -> Iterator[Scan]:
     "Volumes of the test patients."
@@ -168,7 +172,7 @@ def test_scans(
 def decathlon_tasks(
     data_root: Path,                            # Folder that holds TaskNN_Name folders
 ) -> dict[str, tuple[list[CTCase], tuple]]:     # Task -> cases, class names
-    "The source tasks that the user has."
+    "The source tasks that the user has; a `ConfigError` if there is none."
     there = [t for t in DECATHLON if (Path(data_root)/t).is_dir()]
     if not there: raise ConfigError(f'{data_root} holds none of {", ".join(DECATHLON)}: fetch at least one task of the Medical Segmentation Decathlon')
     return {t: read_decathlon(data_root, t) for t in there}
@@ -216,9 +220,9 @@ def task_dice(
 
 def train_source(
     run: LesionRun,      # Of a source network
-    context: Context,
+    context: Context,    # Folder for checkpoints, data root, progress
 ) -> Result:             # Weights of the encoder; Dice of each task on the validation patients, history
-    "Train the shared encoder on all source tasks."
+    "Train the shared encoder on all source tasks, a decoder for each (Section II.A)."
     data = source_slices(run, context.data_root)
     net = hydra(run.backbone, {t: train.n_classes for t, (train, _) in data.items()}, pretrained=_pretrained(run, context.data_root))
     each = max(run.validate_every//len(data), 1)
@@ -241,7 +245,7 @@ def pooled_dice(
     return overlap(logits.argmax(1), masks, CLASSES.index('infection')).dice
 
 def begin_target(
-    run: LesionRun,
+    run: LesionRun,                    # On the target task
     source: Record | None = None,      # Run of the source network; None: `nat`
     data_root: Path | None = None,     # May hold ImageNet weights
 ) -> UNet:                             # Encoder from the source, decoder fresh
@@ -256,7 +260,7 @@ def segment(
     spacing: tuple[float, float, float],    # mm (z, y, x) of the original
     batch: int = 16,                        # Slices at once
 ) -> np.ndarray:                            # (Z, Y, X) classes at the original size
-    "A volume segmented slice by slice, stacked, and post-processed as published."
+    "A volume segmented slice by slice, stacked, and post-processed as published (Section II.A)."
     batches = (torch.from_numpy(pixels[i:i + batch])[:, None] for i in range(0, len(pixels), batch))
     return postprocess(stack_volume(predict_slices(net, batches), shape).labels, spacing)
 
@@ -273,10 +277,10 @@ def segment_file(
     return save_nifti(segment(net, pixels, volume.image.shape, volume.spacing), volume.grid, out)
 
 def score(
-    net: UNet,
+    net: UNet,                          # Trained
     scans: Iterator[Scan],              # Test patients
 ) -> dict[str, np.ndarray]:             # (P,) per patient, in order: lesion Dice, precision, recall in 3-D; Dice of the lungs; lesion volume in ml
-    "What Section III reports, per patient."
+    "Dice and precision as in Section III, and what it does not report, per patient."
     rows = []
     for scan in scans:
         pred = segment(net, scan.pixels, scan.truth.shape, scan.spacing)
@@ -293,7 +297,7 @@ def train_target(
     run: LesionRun,      # What to train
     context: Context,    # Source network, folder for checkpoints, data root, progress
 ) -> Result:             # Means and values per patient, weights, history
-    "Train and test one run."
+    "Train one run under the cost of Eq. 2, or with a fixed encoder, and test it."
     train, valid = target_slices(run, context.data_root)
     net = begin_target(run, context.parents[0] if context.parents else None, context.data_root)
     dls = slice_loaders(train, valid, bs=run.batch, steps_per_epoch=run.validate_every, seed=run.seed, workers=_workers(train))
@@ -316,8 +320,8 @@ def trained_net(
     return set_modes(net, {part: Mode(w.split()[0], 'channels-last' in w) for part, w in words.items()}).eval()
 
 def train(
-    run: LesionRun,
-    context: Context,
+    run: LesionRun,      # What to train
+    context: Context,    # Source network, folder for checkpoints, data root, progress
 ) -> Result:
     "Train one run: a source network, or a target network."
     return (train_source if run.is_source else train_target)(run, context)

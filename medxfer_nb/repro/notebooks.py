@@ -26,7 +26,7 @@ class ParameterError(ValueError):
 def declared(
     path:Path # A notebook
 ) -> dict: # Name -> papermill's description: inferred_type_name, default, help
-    "The parameters of a notebook"
+    "The parameters of a notebook; a `ParameterError` if it declares none, or one of a type not in `ANNOTATIONS`"
     import papermill # Slow to import, and not needed to check a plan
     found = papermill.inspect_notebook(str(path))
     if not found: raise ParameterError(f"{Path(path).name} has no cell tagged 'parameters', or none that can be read")
@@ -50,7 +50,7 @@ def check_parameters(
     path:str|Path, # A notebook
     given:dict # Name -> value
 ) -> dict: # The same values as JSON types
-    "Refuse what the notebook does not declare, before a kernel starts"
+    "Refuse (`ParameterError`) what the notebook does not declare, before a kernel starts"
     found, name = declared(path), Path(path).name
     def refuse(what): raise ParameterError(f'{name}: {what}. Its parameters are\n{_describe(found)}')
     if unknown := sorted(set(given) - set(found)): refuse(f"there is no parameter {', '.join(unknown)}")
@@ -70,11 +70,13 @@ class Executed:
     "What became of a notebook"
     notebook: str # Name without suffix
     output: Path # The executed copy
-    seconds: float
+    seconds: float # Wall time
     error: str = '' # Cell and exception; empty if all went well
 
     @property
-    def provenance(self) -> dict: return json.loads(_sidecar(self.output).read_text(encoding='utf-8'))
+    def provenance(self) -> dict: # notebook, sha256, parameters, started, seconds, error, git, versions, hardware, threads
+        "Its sidecar: what ran, when, on what; an `OSError` if its process ended before writing it"
+        return json.loads(_sidecar(self.output).read_text(encoding='utf-8'))
 
 _FOLDERS = ('data_root', 'store')
 
@@ -143,7 +145,7 @@ def run_notebooks(
     jobs:int=1, # Notebooks at once; each gets its share of the cores
     progress:Callable|None=print # Takes one line per notebook; None = silent
 ) -> list: # Executed, in the order of `paths`
-    "Check the parameters of all notebooks, then run them"
+    "Check the parameters of all notebooks (`ParameterError`), then run them; one that fails is told in `Executed.error`"
     paths, folder = [Path(p) for p in paths], Path(folder).resolve()
     parameters = {k: str(Path(v).resolve()) if k in _FOLDERS and v else v for k, v in parameters.items()}
     checked = [check_parameters(p, parameters) for p in paths]

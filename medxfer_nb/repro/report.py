@@ -89,7 +89,7 @@ class Block:
     figure: str = '' # Data URI
     table: Markup = Markup('') # Or the paragraph
     alt: str = '' # What the figure shows; empty if its cell does not say it
-    caption: str = ''
+    caption: str = '' # Below the figure, as text
 
 def _headings(source:str) -> list: return re.findall(r'^#{2,6}\s+(.+?)\s*#*$', source, re.M)
 
@@ -146,26 +146,42 @@ def _with_vectors(blocks:list, files:list) -> list:
 @dataclass(frozen=True)
 class Section:
     "An executed notebook as the page shows it"
-    paper: str
+    paper: str # Name of its folder
     name: str # File name without suffix
-    title: str
+    title: str # Its first heading
     claim: str # The quoted line below the title
-    blocks: list
+    blocks: list # `Block`s, in order
     claims: list # Dicts: about, ours, published, verdict, words, perhaps scale
     provenance: dict # Of `run_notebooks`
 
     @property
-    def scale(self) -> str: return self.provenance.get('parameters', {}).get('scale', 'unknown')
+    def scale(self) -> str:
+        "The scale it was executed at, or 'unknown'"
+        return self.provenance.get('parameters', {}).get('scale', 'unknown')
+
     @property
-    def anchor(self) -> str: return f'{self.paper}-{self.name}'
+    def anchor(self) -> str:
+        "Its id on the page"
+        return f'{self.paper}-{self.name}'
+
     @property
-    def run(self) -> list: return [c for c in self.claims if c.get('verdict') != 'not run']
+    def run(self) -> list:
+        "Claims for which there was a run"
+        return [c for c in self.claims if c.get('verdict') != 'not run']
+
     @property
-    def not_run(self) -> list: return [c for c in self.claims if c.get('verdict') == 'not run']
+    def not_run(self) -> list:
+        "Claims for which there was none"
+        return [c for c in self.claims if c.get('verdict') == 'not run']
+
     @property
-    def link(self) -> str: return f'{self.paper}/{self.name}.ipynb'
+    def link(self) -> str:
+        "Its notebook, seen from the page"
+        return f'{self.paper}/{self.name}.ipynb'
+
     @property
-    def label(self) -> str: # 'Table I' of 'Table I: strategies'
+    def label(self) -> str:
+        "Short name for links: 'Table I' of 'Table I: strategies'"
         return self.title.split(':')[0]
 
 def _read_json(path, default):
@@ -249,7 +265,7 @@ def render_report(
 def write_report(
     folder:str|Path, # Holds <paper>/<item>.ipynb, executed, and perhaps failures.json
 ) -> Path: # <folder>/report.html
-    "Build the page from what lies in a folder"
+    "Build the page from what lies in a folder; a `FileNotFoundError` if there is nothing to show"
     folder = Path(folder)
     ended = (p for p in folder.glob('*/*.ipynb') if p.with_suffix('.provenance.json').exists())
     found, failures = sorted(ended, key=lambda p: (p.parent.name, item_order(p.parent.name, p.stem))), _read_json(folder/'failures.json', [])

@@ -124,19 +124,23 @@ class Contrast:
     estimate: float                             # Mean difference over the pairs; NaN where it is undefined
     interval: tuple[float, float]               # Over seeds and patients; NaN where it cannot be had
     auc_a: tuple[float, ...]                    # Per pair
-    auc_b: tuple[float, ...]
-    n_films: int = 0
-    n_patients: int = 0
+    auc_b: tuple[float, ...]                    # Per pair
+    n_films: int = 0                            # Test films
+    n_patients: int = 0                         # Test patients
     two_level: TwoLevelBootstrap | None = None  # The claim
     test: PairedT | None = None                 # As in the paper
     note: str = ''                              # Why something is missing
     data: dict = field(default_factory=dict, repr=False, compare=False)  # targets, patients, pairs, keys: for `trained_models`
 
     @property
-    def n(self) -> int: return len(self.auc_a)  # Pairs
+    def n(self) -> int:
+        "Pairs of runs: seeds, or seeds and draws"
+        return len(self.auc_a)
 
     @property
-    def floor(self) -> float: return exact_floor(self.n) if self.n else math.nan  # Of an exact two-sided test over the pairs
+    def floor(self) -> float:
+        "Smallest p-value that an exact two-sided test over the pairs can have; NaN without pairs"
+        return exact_floor(self.n) if self.n else math.nan
 
     def trained_models(self) -> dict[tuple, ClusterBootstrap | DeLong | str]:  # (seed, draw) -> test, or why there is none
         "Each pair of trained networks for itself: DeLong for one observation, the bootstrap over patients for the mean. Covers these trained models only."
@@ -180,7 +184,7 @@ def contrast(
     b: Sequence[Record],             # Runs of the other
     observation: str | None = None,  # Name of one observation; None: the mean AUC
 ) -> Contrast:
-    "a minus b over the seeds they share, with all that can be said about it."
+    "a minus b over the seeds they share, with all that can be said about it; a `ValueError` if they cannot be paired or were not scored."
     runs_a, runs_b = _by_pair(a), _by_pair(b)
     keys = sorted(runs_a.keys() & runs_b.keys())
     if not keys: return Contrast(math.nan, (math.nan,)*2, (), (), note='no seed in common')
@@ -224,14 +228,19 @@ class Arm:
         "Where it was published: data set, backbone and number of films"
         return ', '.join([PLAYED[self.role], title(PUBLISHED_BACKBONES[self.slot])] + ([f'{self.n_train:,} films'] if self.n_train else []))
 
-    def published(self, metric: str = 'mean_auc') -> Target | None:
-        "The published number, in percent"
+    def published(self,
+        metric: str = 'mean_auc',  # Or 'auc_<observation>'
+    ) -> Target | None:            # None: not printed
+        "The published number, AUC in percent (Tables I to III)"
         where = dict(strategy=self.strategy.replace('(matched)', ''), module=self.module, dataset=PLAYED[self.role],
                      backbone=PUBLISHED_BACKBONES[self.slot], metric=metric.lower().replace(' ', '_'))
         try: return None if self.n_train else target('colorization', **where)
         except LookupError: return None
 
-    def of(self, records: Iterable[Record], scale: Scale) -> list[Record]:
+    def of(self,
+        records: Iterable[Record],  # Runs of any rows
+        scale: Scale,               # Theirs
+    ) -> list[Record]:
         "Our runs of this row"
         if self.slot >= len(scale.backbones): return []
         wanted = (self.strategy, self.module, scale.datasets[self.role], scale.backbones[self.slot], self.n_train)
@@ -239,7 +248,7 @@ class Arm:
 
 def arm_of(
     config: ColorRun,  # A run of this scale
-    scale: Scale,
+    scale: Scale,      # Preset
     slot: int = 0,     # Backbone under which it is shown
 ) -> Arm:
     "The row that a run belongs to."
@@ -251,8 +260,8 @@ LEVELS = dict(means=.05, observations=.15)  # Adjusted p-values that the paper c
 @dataclass(frozen=True)
 class Effect:
     "A published statement about the difference of two rows."
-    a: Arm
-    b: Arm
+    a: Arm                    # The row
+    b: Arm                    # The row that is subtracted
     metric: str = 'mean_auc'  # Or 'auc_<observation>'
     p: str = ''               # Name of the comparison among the published p-values
     says: int | None = None   # Sign of a - b in the text, where no number is printed; 0: they are equal
@@ -260,10 +269,13 @@ class Effect:
     note: str = ''            # Why there is nothing to compare with
 
     @property
-    def observation(self) -> str | None: return None if self.metric == 'mean_auc' else self.metric.removeprefix('auc_')
+    def observation(self) -> str | None:
+        "The observation it is about; None: the mean of all"
+        return None if self.metric == 'mean_auc' else self.metric.removeprefix('auc_')
 
     @property
     def about(self) -> str:
+        "The statement in words: its rows, data set, backbone and observation"
         place = self.a.place if self.a.place == self.b.place else f'{self.a.place} against {self.b.place}'
         return f"{self.a} minus {self.b} ({', '.join(filter(None, [self.observation, place]))})"
 
@@ -354,8 +366,8 @@ EFFECTS: dict[str, Callable[[Scale], list[Effect]]] = {
 @dataclass(frozen=True)
 class Row:
     "One published effect and ours."
-    effect: Effect
-    scale: Scale
+    effect: Effect          # The statement
+    scale: Scale            # At which ours was run
     ours: Contrast | None   # None: not run
     claim: Claim | None     # None: nothing was published to compare with
     adjusted: float         # p-value, adjusted over the table
@@ -363,7 +375,7 @@ class Row:
 MARGIN = 5.  # Percentage points: what the paper calls an effect (Table I, Color Module over Baseline); a wider interval around 0 leaves room for one
 
 def claim_of(
-    effect: Effect,
+    effect: Effect,         # The statement
     ours: Contrast | None,  # None: not run
     scale: Scale,           # At which ours was run
 ) -> Claim | None:          # None where the paper gives neither a number, nor a sign, nor a p-value of no difference
@@ -468,7 +480,7 @@ def judged(
 class Tier:
     "Runs that may be shown together: of one scale and one origin."
     name: str            # Of the scale, or 'study (committed)'
-    scale: Scale
+    scale: Scale         # Preset
     records: list        # Runs
     suffix: str = ''     # Of file names
 
@@ -518,7 +530,7 @@ class Collection:
         store: str = '',             # Where runs are kept; empty: $MEDXFER_STORE, or results/store
         progress: Callable | None = print,  # Takes progress lines
     ):
-        "Load the runs of a table or figure, train those that are missing, and put the committed study results beside them."
+        "Load the runs of a table or figure, train what is missing, and put the committed study results beside them; `RunFailed` if none ended well."
         preset, known = cls.presets.scale_named(scale), cls.presets.item_runs
         store = store or os.environ.get('MEDXFER_STORE') or 'results/store'
         runs = load_or_run(known(item, preset, tuple(seeds)), store, data_root=data_root or None, progress=progress)
@@ -535,7 +547,9 @@ class Gathered(Collection):
         "Films in the whole training set"
         return self.scale.n_pool or len(read_films(self.records[0].config if not self.records[0].config.n_train else replace(self.records[0].config, n_train=0), self.data_root)['train'])
 
-    def compare(self) -> list[Row]: return compare(EFFECTS[self.item](self.scale), self.records, self.scale)
+    def compare(self) -> list[Row]:
+        "Each published effect of this table or figure with ours; not for items without effects (`KeyError`)"
+        return compare(EFFECTS[self.item](self.scale), self.records, self.scale)
 
     def compare_study(self) -> list[Row]:
         "The same for the committed results; empty if there are none"
@@ -568,7 +582,7 @@ def cell(
     return f'{100*values.mean():.1f}{spread} ({len(values)} run{"s"*(len(values) != 1)})'
 
 def result_table(
-    g: Gathered,
+    g: Gathered,               # From `gather`
     metric: str = 'mean_auc',  # Or 'study_mean_auc', 'auc_<observation>'
 ) -> pd.DataFrame:             # One row per row of the paper's table
     "Our results beside the published, row by row, with the protocol of each."
@@ -581,7 +595,7 @@ def result_table(
     return pd.DataFrame(rows).set_index(['published on', 'row'])
 
 def value_claims(
-    g: Gathered,
+    g: Gathered,   # From `gather`
 ) -> list[Claim]:  # Empty on virtual patients, whose AUC cannot equal a published one
     "At paper scale, each published mean AUC against ours."
     if g.scale.virtual: return []
@@ -663,7 +677,7 @@ def disputed(
 
 # %% ../../nbs/api/repro/06_results.ipynb #d0b93152
 def label_pool(
-    scale: Scale,
+    scale: Scale,                   # Preset
     data_root: Path | None = None,  # Folder of the publishers' data sets; virtual films need none
 ) -> Cases:                         # Uncertain labels are still -1
     "The training films of the data set that plays CheXpert, as labelled."
@@ -672,7 +686,7 @@ def label_pool(
     return known.subset(split_patients(known.frame.patient, dict(train=.9, valid=.1), seed=0)['train'])  # As `read_films` splits it
 
 def label_counts(
-    scale: Scale,
+    scale: Scale,                  # Preset
     data_root: str = '',           # Folder of the publishers' data sets
 ) -> dict[str, pd.DataFrame]:      # Title -> positive, negative, uncertain (masked) per observation
     "Labels of the whole training set and of the smallest subset (Fig. 5)."
@@ -692,7 +706,7 @@ def label_balance(
 # %% ../../nbs/api/repro/06_results.ipynb #81a33d68
 @torch.no_grad()
 def films_in_colour(
-    g: Gathered,
+    g: Gathered,           # From `gather`, with the weights of its runs
     n: int = 3,            # Test films
     seed: int = 0,         # Of their choice
 ) -> tuple[np.ndarray, dict]:  # (n, S, S) gray films, and (module, recipe) -> (n, 3, S, S)
@@ -707,7 +721,7 @@ def films_in_colour(
     return films[:, 0].numpy(), {(r.config.module, recipe(r.config)): np.asarray(colour_module(r)(films)) for r in order}
 
 def export_colorizers(
-    g: Gathered,
+    g: Gathered,                        # From `gather`, with the weights of its runs
     folder: Path = Path('colorizers'),  # Made if missing
 ) -> pd.DataFrame:                      # One row per file, from its card
     "Write every colour module of the first seed's runs as an artefact: weights and card."

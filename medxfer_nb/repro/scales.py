@@ -37,7 +37,9 @@ class Scale:
     precision: str = 'auto'          # Of T and E
 
     @property
-    def virtual(self) -> bool: return self.datasets[0].startswith('virtual')  # Virtual patients: mechanisms, not clinical numbers
+    def virtual(self) -> bool:
+        "Virtual patients? They show mechanisms, not clinical numbers"
+        return self.datasets[0].startswith('virtual')
 
 # %% ../../nbs/api/repro/05_scales.ipynb #f6a61250
 MODULES = ('deconv', 'pixelshuffle', 'coloru')
@@ -58,7 +60,7 @@ SCALES = {s.name: s for s in (
 def scale_named(
     name: str,  # One of `SCALES`
 ) -> Scale:     # Its preset
-    "Look a scale up, or say which ones there are."
+    "Look a scale up, or say (`ValueError`) which ones there are."
     if name not in SCALES: raise ValueError(f"no scale is named {name!r}; choose one of: {', '.join(SCALES)}")
     return SCALES[name]
 
@@ -123,7 +125,7 @@ def item_runs(
     scale: Scale,                   # Preset
     seeds: tuple[int, ...] = (),    # Instead of the preset's
 ) -> list[ColorRun]:                # Its runs, seed by seed
-    "The runs that a table or figure shows."
+    "The runs that a table or figure shows; a `ValueError` if there is none of this name."
     if item not in ITEMS: raise ValueError(f"no table or figure is named {item!r}; choose one of: {', '.join(ITEMS)}")
     seeds = tuple(seeds) or scale.seeds
     return list(dict.fromkeys(replace(run, lr_seed=seeds[0]) for seed in seeds for run in ITEMS[item](scale, seed)))

@@ -18,7 +18,7 @@ from .store import ConfigError
 # %% ../../nbs/api/repro/02c_simulate.ipynb #bf2db036
 @dataclass(frozen=True)
 class Tasks:
-    "What a sweep has to do, parents before their children"
+    "What a sweep has to do, parents before their children; a `ConfigError` otherwise, or for durations that are negative or not finite"
     seconds: tuple[float, ...] # Duration of each task
     parents: tuple[tuple[int, ...], ...] = () # For each task the positions of those that it waits for; empty: no task waits
 
@@ -46,7 +46,7 @@ def tasks_of(
     jobs:Sequence[Job], # `Plan.todo`: parents before their children
     measured:Mapping[str, float] # `RunConfig.config_key` -> seconds
 ) -> Tasks:
-    "Runs as tasks"
+    "Runs as tasks; one that was not measured takes its expected cost, at the median pace of those that were"
     at = {job.key: i for i, job in enumerate(jobs)}
     known = {job.key: measured[job.config.config_key] for job in jobs if job.config.config_key in measured}
     paces = [known[job.key]/job.cost for job in jobs if job.key in known and job.cost]
@@ -57,9 +57,9 @@ def tasks_of(
 @dataclass(frozen=True)
 class Timeline:
     "When each task ran, and where"
-    workers: int
+    workers: int # How many there were
     start: np.ndarray # (N,) seconds from the beginning
-    end: np.ndarray # (N,)
+    end: np.ndarray # (N,) seconds from the beginning
     worker: np.ndarray # (N,) 0 to workers - 1
 
     @property
@@ -74,7 +74,7 @@ class Timeline:
 
 def simulate_sweep(
     tasks:Tasks, # In order of preference
-    workers:int, # How many run at once
+    workers:int, # How many run at once; a `ConfigError` for less than one
     overhead:float=0. # Seconds that each task costs besides its own
 ) -> Timeline:
     "List scheduling: no worker is idle while a task is ready. Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 1969"
@@ -100,7 +100,7 @@ def simulate_sweep(
 
 # %% ../../nbs/api/repro/02c_simulate.ipynb #1e529deb
 def critical_path(
-    tasks:Tasks,
+    tasks:Tasks, # Parents before their children
     overhead:float=0. # Seconds that each task costs besides its own
 ) -> float: # Seconds
     "The longest chain of tasks that wait for each other"
@@ -109,11 +109,11 @@ def critical_path(
     return max(ends, default=0.)
 
 def graham_bounds(
-    tasks:Tasks,
+    tasks:Tasks, # In any order of preference
     workers:int, # How many run at once
     overhead:float=0. # Seconds that each task costs besides its own
 ) -> tuple[float, float]: # Seconds
-    "What list scheduling takes at least, and at most"
+    "What list scheduling takes at least, and at most (Graham 1969, see `simulate_sweep`)"
     work, path = sum(tasks.seconds) + overhead*len(tasks), critical_path(tasks, overhead)
     return max(path, work/workers), work/workers + (1 - 1/workers)*path
 

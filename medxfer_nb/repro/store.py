@@ -103,7 +103,7 @@ class RunConfig:
     def from_dict(cls,
         values:dict # Field name -> value, as `as_dict` wrote it
     ) -> 'RunConfig':
-        "The configuration these fields describe; unknown names and wrong types are refused"
+        "The configuration these fields describe; a `ConfigError` for unknown or missing names and wrong types"
         names = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ConfigError(f"{cls.__name__} has no {', '.join(map(repr, unknown))}; its fields are {', '.join(names)}")
@@ -186,7 +186,7 @@ def _facts(path:Path, module:str, mtime_ns:int) -> tuple:
 def source_closure(
     module:str # Dotted name of the module that trains
 ) -> dict: # Dotted name -> hash of its source
-    "A module and all it imports from its own package, without the machinery of the store"
+    "A module and all it imports from its own package, without the machinery of the store; a `ConfigError` if it has no source file"
     root, todo, seen = module.split('.')[0], [module], {}
     while todo:
         name = todo.pop()
@@ -218,7 +218,7 @@ def code_fingerprint(
 def check_imported(
     module:str # Dotted name of the module that trains
 ) -> None:
-    "Refuse to train in a process that imported other code than that on the disk: the result would be kept under the key of the new code"
+    "Refuse (`ConfigError`) to train where other code was imported than is on the disk: the result would be kept under the key of the new code"
     if changed := _changed(source_closure(module)):
         raise ConfigError(f"{', '.join(changed)} changed on disk since this process imported it: restart the kernel")
 
@@ -344,23 +344,37 @@ class Record:
     published: ClassVar[bool] = False
 
     @property
-    def key(self) -> str: return self.manifest['key']
+    def key(self) -> str: # 24 hexadecimal digits
+        "Its name in the store, see `run_key`"
+        return self.manifest['key']
+
     @property
-    def metrics(self) -> dict: return _nan(self.manifest['metrics'])
+    def metrics(self) -> dict: # Name -> number, or a dict of these
+        "What it was scored with; NaN where a metric is undefined"
+        return _nan(self.manifest['metrics'])
+
     @property
     def history(self) -> list: # One dict per validation
+        "Its course, read from the folder"
         return _nan(json.loads((self.folder/'history.json').read_text(encoding='utf-8')))
+
     def predictions(self) -> dict: # Name -> array
+        "What `Result.predictions` held, read from the folder"
         return load_arrays(self.folder/'predictions.safetensors')
+
     def weights(self) -> dict: # Name -> tensor
+        "What `Result.state` held, read from the folder onto the CPU"
         return load_tensors(self.folder/'model.safetensors')[0]
+
     @property
     def code_changed(self) -> bool:
         "Is the code of today another than the one that made this result?"
         try: return code_fingerprint(self.manifest['code']['module']) != self.manifest['code']['hash']
         except (ConfigError, LookupError, TypeError): return True # The module is gone, or was never told
+
     @property
     def size(self) -> int: # Bytes
+        "Of all its files but the manifest"
         return sum(f['size'] for f in self.manifest.get('files', {}).values())
 
 # %% ../../nbs/api/repro/01_store.ipynb #b9a18ea9
@@ -479,7 +493,7 @@ def put(self:Store,
     result:Result, # What came out
     **provenance # More for the manifest: data_hash, code, parents, threads, wall_s, peak_memory_mb, ...
 ) -> Record:
-    "Store a finished run; call it inside `running(key)`. What stood in its staging folder is dropped"
+    "Store a finished run; call it inside `running(key)`. Its staging folder is dropped; a `ConfigError` for predictions that are not numbers"
     draft, final = self.folder('staging', f'{key}/finished'), self.folder('runs', key)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -514,7 +528,7 @@ PRUNABLE = ('stale', 'damaged', 'unfinished', 'all')
 def prunable(self:Store,
     what:str='stale' # stale: made by older code; damaged: set aside; unfinished: checkpoints of runs that never ended; all
 ) -> dict: # Folder -> bytes
-    "What `prune` would delete"
+    "What `prune` would delete; a `ConfigError` for a word that is not in `PRUNABLE`"
     if what not in PRUNABLE: raise ConfigError(f"cannot prune {what!r}; choose {', '.join(PRUNABLE)}")
     found = []
     if what == 'stale': found = [r.folder for r in self.records() if r.code_changed]
@@ -554,8 +568,8 @@ def pack_array(
 
 def unpack_array(
     packed:dict # From `pack_array`
-) -> np.ndarray:
-    "The array again"
+) -> np.ndarray: # In its shape
+    "The array again; a `ValueError` if it holds no numbers, or does not fill its shape"
     rounded = packed['dtype'] == 'f14'
     dtype = np.dtype(np.uint32 if rounded else packed['dtype'])
     if dtype.kind not in 'biuf': raise ValueError(f'packed arrays hold numbers, not {dtype}')
@@ -577,13 +591,27 @@ class PublishedRecord(Record):
     published: ClassVar[bool] = True
 
     @property
-    def history(self) -> list: return _nan(self.manifest['history'])
-    def predictions(self) -> dict: return {k: unpack_array(self.arrays[h]) for k, h in self.manifest['predictions'].items()}
-    def weights(self) -> dict: raise LookupError(f'weights are not published; train {self.config_key} to have them')
+    def history(self) -> list: # One dict per validation
+        "Its course: at most 60 validations, with four significant digits"
+        return _nan(self.manifest['history'])
+
+    def predictions(self) -> dict: # Name -> array
+        "What `Result.predictions` held; scores rounded to 14 bits of mantissa"
+        return {k: unpack_array(self.arrays[h]) for k, h in self.manifest['predictions'].items()}
+
+    def weights(self) -> dict:
+        "Always a `LookupError`: weights are not published"
+        raise LookupError(f'weights are not published; train {self.config_key} to have them')
+
     @property
-    def key(self) -> str: return self.config_key
+    def key(self) -> str: # 16 hexadecimal digits
+        "Its `config_key`: committed runs are found by their configuration alone"
+        return self.config_key
+
     @property
-    def config_key(self) -> str: return self.manifest['config_key']
+    def config_key(self) -> str: # 16 hexadecimal digits
+        "What it is found by, see `RunConfig.config_key`"
+        return self.manifest['config_key']
 
 def _thin(
     history:list, # One dict per validation
@@ -611,7 +639,7 @@ def publish(
     records:Iterable[Record], # Runs of a store, all of one paper
     path:str|Path # The JSON file; runs that it holds already stay, or are replaced by the same configuration
 ) -> Path:
-    "Write results as a read-only tier; the same runs always make the same file"
+    "Write results as a read-only tier; the same runs always make the same file. A `ConfigError` for runs of several papers"
     path = Path(path)
     old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(runs={}, arrays={})
     runs, arrays = old['runs'], old['arrays']

@@ -149,7 +149,7 @@ def _table(name:str, dtype=None) -> pd.DataFrame: return pd.read_csv(StringIO(TA
 def published(
     table:Literal['colorization', 'colorization_p_values', 'l2sp', 'timm'] # Which numbers
 ) -> pd.DataFrame:
-    "Published numbers, one a row, with their source"
+    "Published numbers, one a row, with their source; a `KeyError` for another table"
     if table not in TABLES: raise KeyError(f"nothing is published as {table!r}; there are {', '.join(TABLES)}")
     return _table(table).copy()
 
@@ -176,7 +176,7 @@ def target(
     table:str, # See `published`
     **where # column=value: enough of them to leave one row
 ) -> Target:
-    "One published number"
+    "One published number; a `LookupError` if no row or several fit, a `KeyError` for a column that is not there"
     rows = published(table)
     if unknown := set(where) - set(rows): raise KeyError(f"{table} has no column {', '.join(sorted(unknown))}; its columns are {', '.join(rows)}")
     keep = pd.concat([rows[k].astype(str) == str(v) for k, v in where.items()], axis=1).all(axis=1) if where else pd.Series(True, rows.index)
@@ -192,7 +192,7 @@ def target(
 @dataclass(frozen=True)
 class Contradiction:
     "Two statements of one paper that cannot both hold"
-    paper: str
+    paper: str # colorization, l2sp or timm
     claim: str # What it says
     against: str # What stands against it
     source: str # Where both are
@@ -223,9 +223,9 @@ SCALES = ('smoke', 'demo', 'study', 'paper')
 class Claim:
     "A published statement, and what ours says about it"
     about: str # The statement
-    verdict: str # One of the words above
-    scale: str
-    published: Target
+    verdict: str # not run, undecided; of a number reproduced, within tolerance, deviates; of an effect same direction, opposite, `NULL_VERDICTS`
+    scale: str # One of `SCALES`
+    published: Target # A number, or an effect
     estimate: float = math.nan # Ours, in the published unit
     interval: tuple = (math.nan, math.nan) # Its confidence interval
     mechanism_only: bool = False # Source and target share one anatomy
@@ -273,7 +273,7 @@ def verdict(
     no_difference:bool=False, # Is the published statement that there is no difference?
     margin:float=math.inf # An interval around 0 that reaches further shows nothing, not even no difference; in the published unit
 ) -> Claim:
-    "Compare ours with the published: a number by its distance, an effect by its direction"
+    "Compare ours with the published: a number by its distance, an effect by its direction (`ValueError`: other scale, or no interval)"
     if scale not in SCALES: raise ValueError(f"{scale!r} is no scale; choose {', '.join(SCALES)}")
     estimate = getattr(ours, 'estimate', ours)
     if estimate is None or math.isnan(estimate): return Claim(about, 'not run', scale, published, mechanism_only=same_anatomy, no_difference=no_difference)

@@ -26,10 +26,10 @@ class FeatureError(ValueError):
     "Features that would not be the same in each epoch, or a head that cannot be found; the message says what to do."
 
 def head_of(
-    model: nn.Module,
+    model: nn.Module, # That holds it
     head: str | nn.Module, # A submodule, or its name
 ) -> nn.Module:
-    "The part that learns."
+    "The part that learns; a `FeatureError` if the model has no such part."
     if isinstance(head, str):
         try: head = model.get_submodule(head)
         except AttributeError as e: raise FeatureError(f'no part {head!r}: {e}; the parts are {", ".join(name for name, _ in model.named_children())}') from None
@@ -41,7 +41,7 @@ def frozen_features(
     batches, # Of (input, target), once through
     head: str | nn.Module = 'C', # What comes after the features: a submodule that the network calls once
 ) -> tuple[Tensor, Tensor]: # What goes into the head, (N, ...) float32; targets (N, ...); both on the CPU
-    "Features of everything a loader gives, in its order, in evaluation mode."
+    "Features of everything a loader gives, in its order, in evaluation mode; a `FeatureError` unless each batch passes the head once."
     seen, targets, part = [], [], head_of(model, head)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     hook = part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
@@ -156,9 +156,9 @@ def _head_alone(model: nn.Module) -> list[list[nn.Parameter]]: return [list(mode
 @contextmanager
 def on_features(
     learn: Learner, # In which all but the head is fixed, such as a `stage_learner` of `last_layer`
-    head: str | nn.Module = 'C',
+    head: str | nn.Module = 'C', # What trains: a submodule, or its name
 ) -> Iterator[Learner]: # The same learner
-    "Run a block in which the learner trains its head on features."
+    "Run a block in which the learner trains its head on features; a `FeatureError` where anything else would train, move or be random."
     part = head_of(learn.model, head)
     _refuse_moving(learn, part)
     before = dict(model=learn.model, dls=learn.dls, splitter=learn.splitter, opt=learn.opt)

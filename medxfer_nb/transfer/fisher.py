@@ -47,7 +47,7 @@ def softmax_log_p(
     logits: Tensor, # (C, ...) of one case
     target: Tensor, # (...) classes, int64; -100 is left out
 ) -> Tensor: # Scalar
-    "Exclusive classes, the voxels of a case added up."
+    "Log-likelihood of exclusive classes, the voxels of a case added up; a `FisherError` for another shape."
     _same_shape(logits, target, logits.shape[1:])
     chosen = logits.log_softmax(0).gather(0, target.clamp(min=0)[None])[0]
     return torch.where(target == IGNORED, 0., chosen).sum()
@@ -56,7 +56,7 @@ def sigmoid_log_p(
     logits: Tensor, # (...) of one case
     target: Tensor, # (...) from 0 to 1; NaN is left out
 ) -> Tensor: # Scalar
-    "Independent labels, the labels and voxels of a case added up."
+    "Log-likelihood of independent labels, the labels and voxels of a case added up; a `FisherError` for another shape."
     _same_shape(logits, target, logits.shape)
     terms = -F.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction='none')
     return torch.where(target.isnan(), 0., terms).sum()
@@ -65,7 +65,7 @@ def soft_dice_log_p(
     logits: Tensor, # (L, ...) of one case
     target: Tensor, # (L, ...) from 0 to 1
 ) -> Tensor: # Scalar
-    "Logarithm of the soft Dice coefficient, mean over labels (the authors' code)."
+    "Logarithm of the soft Dice coefficient, mean over labels (the authors' code); a `FisherError` for another shape."
     _same_shape(logits, target, logits.shape)
     return soft_dice(logits.sigmoid()[None], target[None]).mean().log()
 
@@ -97,7 +97,7 @@ def check_classes(
     targets: Tensor, # (B, ...)
     n_classes: int, # Number of logits
 ) -> Tensor: # int64
-    "Refuse what are no classes."
+    "Refuse what are no classes, by a `FisherError`."
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise FisherError(f"'softmax' takes integer classes, not {targets.dtype}: for masks take 'sigmoid' or 'soft_dice'")
     targets = targets.long()
@@ -109,7 +109,7 @@ def check_masks(
     targets: Tensor, # (B, ...)
     masked: bool = False, # May some be NaN: left out?
 ) -> Tensor: # Float
-    "Refuse what are no probabilities."
+    "Refuse what are no probabilities, by a `FisherError`."
     targets = targets if targets.is_floating_point() else targets.float()
     outside = ~((targets >= 0) & (targets <= 1) | (targets.isnan() & masked))
     if outside.any():
@@ -120,7 +120,7 @@ def check_masks(
 @dataclass(frozen=True)
 class Likelihood:
     "What the gradient of a case is taken of."
-    name: str
+    name: str # Kept in the `Fisher`
     log_p: Callable[[Tensor, Tensor], Tensor] # Logits and target of one case -> scalar
     sample: Callable[[Tensor, Tensor], Tensor] | None = None # Logits and uniform numbers of a batch -> targets
     check: Callable[[Tensor, int], Tensor] = lambda targets, width: targets # Targets of a batch, number of logits -> targets, or an error
@@ -134,7 +134,7 @@ LIKELIHOODS = {rule.name: rule for rule in (
 def get_likelihood(
     likelihood: str | Likelihood | Callable, # Name, `Likelihood`, or function (logits, target) of one case -> scalar
 ) -> Likelihood:
-    "Look a likelihood up, or make one of a function."
+    "Look a likelihood up, or make one of a function; a `FisherError` for an unknown name."
     if isinstance(likelihood, Likelihood): return likelihood
     if callable(likelihood): return Likelihood(getattr(likelihood, '__name__', type(likelihood).__name__), likelihood)
     if likelihood not in LIKELIHOODS: raise FisherError(f'likelihood is one of {", ".join(LIKELIHOODS)}, or a function of the logits and the target of one case, not {likelihood!r}')
@@ -144,10 +144,10 @@ def get_likelihood(
 Names = Callable[[str, nn.Module], bool] | Rule | Sequence[Rule] | None
 
 def chosen_parameters(
-    model: nn.Module,
+    model: nn.Module, # Any network
     names: Names = None, # None: all; (module name, module) -> bool; or rules of `transfer.l2sp.select`
 ) -> dict[str, nn.Parameter]: # In the order of the network
-    "Parameters by name."
+    "Floating parameters by name; a `FisherError` for a rule that none fits."
     params = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if names is None: chosen = list(params)
     elif callable(names):
@@ -164,7 +164,7 @@ def chosen_parameters(
 # %% ../../nbs/api/transfer/04_fisher.ipynb #2880a9e8
 @contextmanager
 def at_rest(
-    model: nn.Module,
+    model: nn.Module, # Any network
     params: Iterable[nn.Parameter], # What gradients are taken with respect to
 ):
     "Evaluation mode with gradients of `params` only; afterwards everything is as it was."
@@ -185,10 +185,10 @@ def at_rest(
 DETACHED = 'the likelihood does not depend on the selected parameters: does the network detach its output?'
 
 def logits_of(
-    model: Callable[..., Tensor],
+    model: Callable[..., Tensor], # A network, or a function like one
     inputs: Sequence[Tensor], # Each (B, ...)
 ) -> Tensor: # (B, ...) float32, or float64
-    "What the network says about a batch."
+    "What the network says about a batch; a `FisherError` unless it is one tensor that begins with the cases."
     out = model(*inputs)
     if not isinstance(out, Tensor) or out.shape[:1] != inputs[0].shape[:1]:
         what = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -206,7 +206,7 @@ def loop_squares(
     targets: Tensor, # (B, ...)
     log_p: Callable[[Tensor, Tensor], Tensor], # Logits and target of one case -> scalar
 ) -> dict[str, Tensor]: # Name -> sum over the cases of the squared gradient
-    "One forward and backward pass per case."
+    "One forward and backward pass per case; a `FisherError` if the likelihood does not depend on any parameter."
     sums = [wide_zeros(p) for p in params.values()]
     for *x, target in zip(*inputs, targets):
         value = log_p(logits_of(model, [part[None] for part in x])[0], target)
@@ -223,7 +223,7 @@ def out_of_memory(e: Exception) -> bool:
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(e)
 
 def vmap_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
-    "All cases of a chunk in one pass, by `torch.func`."
+    "All cases of a chunk in one pass, by `torch.func`; a `FisherError` for a network that it cannot take."
     names, sums = {id(p): name for name, p in params.items()}, {name: wide_zeros(p) for name, p in params.items()}
     # each layer once: `functional_call` would leave its own tensors in a layer that has two names
     places = {f'{path}.{leaf}'.lstrip('.'): t for path, module in model.named_modules()
@@ -249,7 +249,7 @@ def _added(per_case: Tensor) -> Tensor: # (B, ...) -> (...)
     return (per_case.float() if per_case.dtype == torch.bfloat16 else per_case).square().sum(0)
 
 def linear_squares(
-    layer: nn.Linear,
+    layer: nn.Linear, # Whose squares they are
     a: Tensor, # Input (B, ..., features in)
     g: Tensor, # Gradient with respect to the output (B, ..., features out)
 ) -> dict[str, Tensor]: # 'weight' and 'bias' -> sum of squares, in their shapes
@@ -328,7 +328,7 @@ LAYERS = {nn.Linear: linear_squares, **dict.fromkeys(CONVS, conv_squares),
           nn.GroupNorm: norm_squares, nn.LayerNorm: layer_norm_squares}
 
 def layer_rule(
-    layer: nn.Module,
+    layer: nn.Module, # Any module
 ) -> Callable | None: # (layer, input, output gradient) -> squares of its own parameters; None where there is no rule
     "How to get the per-case gradients of a layer."
     for kind, rule in LAYERS.items():
@@ -338,10 +338,10 @@ def layer_rule(
 
 # %% ../../nbs/api/transfer/04_fisher.ipynb #8f6a4679
 def hooked_layers(
-    model: nn.Module,
+    model: nn.Module, # Any network
     params: Mapping[str, nn.Parameter], # Name -> parameter
 ) -> dict[nn.Module, dict[str, str]]: # Layer -> {'weight' or 'bias': name of the parameter}
-    "Layers that hold the parameters, all with a rule; else an error that names them."
+    "Layers that hold the parameters, all with a rule; else a `FisherError` that names them."
     names, layers, problems = {id(p): name for name, p in params.items()}, {}, []
     for path, module in model.named_modules():
         own = {leaf: names[id(p)] for leaf, p in module._parameters.items() if id(p) in names}
@@ -361,9 +361,11 @@ class Tap:
         self.root = torch.zeros((), device=next(model.parameters()).device, requires_grad=True) # what the backward pass runs to
 
     def refuse(self, layer: nn.Module, why: str):
+        "Raise a `FisherError` that names the layer and says what would do."
         raise FisherError(f"backend 'hooks' cannot take layer {self.paths[layer]} ({type(layer).__name__}): {why}; take 'vmap' or 'loop'")
 
-    def forward(self, layer: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor: # A forward hook
+    def forward(self, layer: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor: # A forward hook; gives the output
+        "Keep the input of a layer, and wait for the gradient of its output; refuse layers that are used twice, or do not begin with the cases."
         a = args[0] if args else kwargs['input']
         if layer in self.inputs: self.refuse(layer, 'the network uses it more than once')
         if a.shape[0] != self.n or out.shape[0] != self.n: self.refuse(layer, f'its input {tuple(a.shape)} does not have the {self.n} cases along the first axis')
@@ -374,6 +376,7 @@ class Tap:
         return out
 
     def backward(self, layer: nn.Module, g: Tensor):
+        "Squares of the layer's own parameters from the gradient of its output, in the output's shape; its input is let go."
         a, version = self.inputs[layer]
         if a._version != version: self.refuse(layer, 'its input is changed in place later')
         dtype = g.dtype if bf16_kernels(layer, g) or g.dtype == torch.float64 else torch.float32
@@ -392,7 +395,7 @@ def added_log_p(
     except RuntimeError: return sum(log_p(z, target) for z, target in zip(logits.unbind(), targets))
 
 def hook_squares(model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
-    "One forward and backward pass per batch."
+    "One forward and backward pass per batch; a `FisherError` for a network that it cannot take."
     layers = hooked_layers(model, params)
     tap = Tap(model, layers, len(targets))
     handles = [layer.register_forward_hook(tap.forward, with_kwargs=True) for layer in layers]
@@ -472,7 +475,7 @@ def split_batch(
     batch, # (input, target), (input, input, ..., target), or the input alone
     device: torch.device, # Of the network
 ) -> tuple[list[Tensor], Tensor | None]: # Inputs, target
-    "Inputs and target of a batch, as plain tensors on the device."
+    "Inputs and target of a batch, as plain tensors on the device; a `FisherError` for other batches."
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, (tuple, list)) else []
     if not parts or not all(isinstance(part, Tensor) and part.ndim for part in parts):
         raise FisherError(f'a batch is a tuple of tensors, (input, target), not {type(batch).__name__}: convert what your loader gives')
@@ -498,11 +501,11 @@ def cases_in_batches(
 # %% ../../nbs/api/transfer/04_fisher.ipynb #0fb3c95e
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    "Diagonal of the Fisher information matrix of a network."
+    "Diagonal of the Fisher information matrix of a network (Section 3.1)."
     values: dict[str, Tensor] = field(repr=False) # Name of the parameter -> float32, in its shape, on the CPU
     n_cases: int # It is the mean over so many
     likelihood: str # Name
-    labels: str # 'true' or 'model'
+    labels: str # 'true' (the empirical one, as in the paper) or 'model'
     backend: str = '' # What computed it
 
     def by_layer(self) -> dict[str, float]: # In the order of the network
@@ -528,7 +531,7 @@ def draw_targets(model: nn.Module, rule: Likelihood, inputs: Sequence[Tensor], c
 
 @torch.no_grad()
 def n_logits(model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    "Length of the first axis of the logits of a case."
+    "Length of the first axis of the logits of a case, by a forward pass of one; 1 if they have none."
     return next(iter(logits_of(model, [x[:1] for x in inputs]).shape[1:]), 1)
 
 def _squares(backend: str, first: bool, model, params, inputs, targets, log_p) -> dict[str, Tensor]: # As `loop_squares`
@@ -555,7 +558,7 @@ def fisher(
     n_cases: int | None = None, # At most so many; None: all
     seed: int = 0, # Of the labels drawn
 ) -> Fisher:
-    "Mean over the cases of the squared gradients of the log-likelihood."
+    "Mean over the cases of the squared gradients of the log-likelihood (Section 3.1); a `FisherError` for input that has none."
     model, rule, n, width = get_model(model), get_likelihood(likelihood), 0, None
     _check_choices(rule, labels, backend, n_cases)
     params = chosen_parameters(model, names)
@@ -578,7 +581,7 @@ def fisher(
 FORMAT = 'fisher 1'
 
 def save_fisher(
-    fisher: Fisher,
+    fisher: Fisher, # Of the function `fisher`
     path: str | Path, # NAME.safetensors
 ) -> None:
     "Write the values and what they are the mean of as one file, all of it or nothing."
@@ -593,7 +596,7 @@ def save_fisher(
 def load_fisher(
     path: str | Path, # NAME.safetensors
 ) -> Fisher: # On the CPU
-    "Read what `save_fisher` wrote."
+    "Read what `save_fisher` wrote; a `FisherError` for anything else, a `FileNotFoundError` for no file."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no Fisher information at {path}')
     try:

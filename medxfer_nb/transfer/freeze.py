@@ -16,11 +16,11 @@ from fastai.torch_core import norm_types
 BN_STATS = ('fixed', 'update', 'train')
 
 class Fix(Callback):
-    "Hold parts of the model still during `fit`; afterwards their parameters are trainable again."
+    "Hold parts of the model still during `fit`; afterwards their parameters are trainable again. A `ValueError` for an unknown `bn_stats`."
     order = -5 # right after fastai has put the model into training mode
     def __init__(self,
         parts: Sequence[str | nn.Module] | Callable, # Names such as 'E', modules, or a function model -> modules
-        bn_stats: str = 'fixed', # One of `BN_STATS`
+        bn_stats: str = 'fixed', # Of BatchNorm: 'fixed', or 'update' (the statistics move), or 'train' (scale and shift learn, too)
     ):
         if bn_stats not in BN_STATS: raise ValueError(f'bn_stats is one of {BN_STATS}, not {bn_stats!r}')
         if isinstance(parts, (str, nn.Module)): parts = [parts]
@@ -32,6 +32,7 @@ class Fix(Callback):
         return [self.model.get_submodule(p) if isinstance(p, str) else p for p in self.parts]
 
     def before_fit(self):
+        "Freeze the parameters and drop their gradients; with 'train' scale and shift of the norms go on learning."
         layers = [layer for part in self.fixed_modules() for layer in part.modules()]
         if self.bn_stats == 'train': layers = [layer for layer in layers if not isinstance(layer, norm_types)]
         self.trainable = {p: p.requires_grad for layer in layers for p in layer.parameters(recurse=False)}
@@ -40,8 +41,10 @@ class Fix(Callback):
             p.grad = None # with an old gradient the optimiser would go on decaying the weight
 
     def before_train(self):
+        "With 'fixed' put the parts into evaluation mode, which stops their statistics and their dropout."
         if self.bn_stats == 'fixed':
             for part in self.fixed_modules(): part.eval()
 
     def after_fit(self):
+        "Let those parameters train again that did before."
         for p, was in self.trainable.items(): p.requires_grad_(was)

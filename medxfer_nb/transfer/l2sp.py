@@ -30,7 +30,7 @@ def select(
     rule: Rule | Sequence[Rule], # Module path, name pattern, number of a parameter group, function name -> bool; or a list of them
     groups: Sequence[Sequence[nn.Parameter]] = (), # Parameter groups of the optimiser
 ) -> list[str]: # In the order of `params`
-    "Names that a rule covers."
+    "Names that a rule covers; a `ValueError` for what is no rule."
     if isinstance(rule, (list, tuple)): chosen = {name for r in rule for name in select(params, r, groups)}
     elif isinstance(rule, int):
         if not -len(groups) <= rule < len(groups): raise ValueError(f'there is no parameter group {rule}: the optimiser has {len(groups)}')
@@ -88,7 +88,7 @@ def match_source(
     groups: Sequence[Sequence[nn.Parameter]] = (), # Parameter groups of the optimiser
     what: str = 'anchor', # 'anchor', or 'fisher': any precision, not negative
 ) -> dict[str, Tensor]: # Name in the network -> tensor of the source
-    "Find the tensors of a source for the parameters in scope."
+    "Find the tensors of a source for the parameters in scope; an `AnchorError` lists what does not fit."
     params, prefix = dict(model.named_parameters()), source_prefix(names, given)
     named = {prefix + name: value for name, value in given.items()}
     pairs = {name: (named[name], params[name]) for name in names if name in named}
@@ -128,7 +128,7 @@ class Pull:
         return list(self.params) if self.anchors is None else list(torch._foreach_sub(self.params, self.anchors))
 
     def square(self) -> Tensor: # Scalar; autograd follows it
-        "Sum of F (theta - anchor)^2: Eq. 2 without lambda."
+        "Sum of F (theta - anchor)^2; where F is 1, the penalty of Eq. 2 without lambda."
         delta = self.delta()
         weighted = delta if self.fisher is None else torch._foreach_mul(delta, self.fisher)
         return torch.stack([(d * w).sum() for d, w in zip(delta, weighted)]).sum()
@@ -144,7 +144,7 @@ class Pull:
 
     @torch.no_grad()
     def shrink(self, lr: float): # Learning rate of the step just taken
-        "theta <- (theta + 2 lr lambda F anchor) / (1 + 2 lr lambda F)."
+        "theta <- (theta + 2 lr lambda F anchor) / (1 + 2 lr lambda F): the proximal step."
         t = 2 * lr * self.lam if math.isfinite(self.lam) else math.inf
         if self.fisher is None: w = t / (1 + t) if math.isfinite(t) else 1.
         elif math.isinf(t): w = torch._foreach_sign(self.fisher)
@@ -179,7 +179,7 @@ def depth_factors(
     depth: Mapping[Rule, float] | tuple[float, float] | None, # Factors by rule, or of the first and the last layer
     groups: Sequence[Sequence[nn.Parameter]] = (), # Of the optimiser
 ) -> dict[str, float]: # Of each parameter
-    "What lambda is multiplied by."
+    "What lambda is multiplied by (beyond the paper); a `ValueError` for a rule without parameters, or a negative factor."
     if depth is None: return dict.fromkeys(params, 1.)
     if isinstance(depth, Mapping):
         by_rule = [dict.fromkeys(select(params, rule, groups), float(factor)) for rule, factor in depth.items()]
@@ -204,7 +204,7 @@ def _copied(tensors: Mapping[str, Tensor] | nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
 
 class L2SP(Callback):
-    "Cost = Loss + lambda ||theta - anchor||^2 (Eq. 2): pull the encoder towards the anchor while it trains."
+    "Cost = Loss + lambda ||theta - anchor||^2 (Eq. 2): pull the encoder towards the anchor while it trains; a `ValueError` for impossible options."
     order, run_valid, name = MixedPrecision.order + 0.5, False, 'l2sp'
     _stateattrs, pulls = ('pulls',), () # not saved: they hold the parameters of a model
     def __init__(self,
@@ -214,9 +214,9 @@ class L2SP(Callback):
         form: str = 'grad', # One of `FORMS`; with momentum m, `proximal` pulls like (1 - m) lambda
         norms: bool = True, # Scale and shift of normalisation layers too?
         biases: bool = True, # Biases of the other layers too?
-        beta: float = 0., # + beta ||theta_new||^2 on the parameters outside the scope
+        beta: float = 0., # + beta ||theta_new||^2 on the parameters outside the scope (beyond the paper)
         depth: Mapping[Rule, float] | tuple[float, float] | None = None, # Factors of lambda, see `depth_factors`
-        fisher: Mapping[str, Tensor] | None = None, # Weights of the squared distances; names as for the anchor
+        fisher: Mapping[str, Tensor] | None = None, # Weights of the squared distances (beyond the paper); names as for the anchor
     ):
         if form not in FORMS: raise ValueError(f'form is one of {FORMS}, not {form!r}')
         for name, value in dict(lam=lam, beta=beta).items():
@@ -228,35 +228,46 @@ class L2SP(Callback):
         self.history, self.counted, self.stepping = [], False, False
 
     def before_fit(self):
+        "Bind the parameters; if gradients wait that hold a penalty already, it is not added again."
         if self.opt is None: return # a validation before any training
         self.bind()
         waiting = self.counted and any(p.grad is not None and p.grad.any() for pull in self.pulls for p in pull.params)
         self.counted, self.stepping = bool(waiting), False
 
     def before_train(self):
+        "With anchor 'start' keep the weights of now, also for later fits."
         if isinstance(self.source, str): self.source = self.anchor # training begins: this is the start
 
     def after_loss(self):
+        "Form 'loss': add the penalty to what autograd differentiates, once per optimiser step."
         if self.form != 'loss' or self.counted: return
         for pull in self.active(): self.learn.loss_grad = self.loss_grad + pull.lam * pull.square()
 
-    def after_backward(self): self.counted = self.counted or self.form == 'loss'
+    def after_backward(self):
+        "Form 'loss': the gradients hold the penalty now."
+        self.counted = self.counted or self.form == 'loss'
 
     def before_step(self):
+        "Form 'grad': add the derivative of the penalty to the gradients, once per optimiser step."
         self.stepping = True
         if self.form != 'grad' or self.counted: return
         for pull in self.active(): pull.add_gradient()
         self.counted = True
 
-    def after_cancel_step(self): self.stepping = False # an overflow, for one
+    def after_cancel_step(self):
+        "No step was taken, after an overflow for one: nothing is to follow."
+        self.stepping = False
 
     def after_step(self):
+        "Form 'proximal': pull, with the learning rate of the step just taken."
         if self.form == 'proximal' and self.stepping:
             hypers = self.opt.hypers
             for pull in self.active(): pull.shrink(float(hypers[pull.group]['lr']))
         self.counted = self.stepping = False
 
-    def after_train(self): self.history.append(dict(epoch=self.epoch, penalty=self.penalty(), distance=self.distance()))
+    def after_train(self):
+        "Add epoch, penalty and distance to the history."
+        self.history.append(dict(epoch=self.epoch, penalty=self.penalty(), distance=self.distance()))
 
 # %% ../../nbs/api/transfer/02_l2sp.ipynb #bb0a1340
 def _like(value: Tensor, p: Tensor) -> Tensor: # `value` itself where it is already so
@@ -276,7 +287,7 @@ def _in_scope(self: L2SP, model: nn.Module, groups) -> tuple[list[str], list[str
 
 @patch
 def bind(self: L2SP):
-    "Find the parameters in the learner's model, and their anchors."
+    "Find the parameters in the learner's model, and their anchors; a `ValueError` for an empty scope, an `AnchorError` for a source that does not fit."
     if self.learn is None: raise ValueError('L2SP belongs to no learner yet: give it to `Learner` or `fit` as one of `cbs`')
     if self.opt is None: self.learn.create_opt()
     model, groups = get_model(self.model), self.opt.param_lists
@@ -340,6 +351,6 @@ def max_stable_lr(
     mom: float = 0., # Heavy-ball momentum
     curvature: float = 0., # Largest eigenvalue of the loss's Hessian
 ) -> float: # Learning rate
-    "Beyond this learning rate SGD diverges with the forms `loss` and `grad`."
+    "Beyond this learning rate SGD diverges with the forms `loss` and `grad`; infinite where nothing pulls."
     stiffness = 2 * lam + curvature
     return 2 * (1 + mom) / stiffness if stiffness else math.inf

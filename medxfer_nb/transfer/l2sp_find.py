@@ -32,7 +32,7 @@ def patient_folds(
     k: int = 3, # Folds
     seed: int = 0, # Another seed, another deal
 ) -> np.ndarray: # (N,) fold of each row
-    "Deal whole patients out to folds of about equal size."
+    "Deal whole patients out to folds of about equal size; a `ValueError` for rows without a patient, or too many folds."
     codes, names = pd.factorize(np.asarray(patients))
     if (codes < 0).any(): raise ValueError('some rows have no patient')
     if not 2 <= k <= len(names): raise ValueError(f'{k} folds of {len(names)} patients: take at least 2 folds and at most one for each patient')
@@ -50,7 +50,7 @@ def fold_loaders(
     valid_rows: np.ndarray, # Of `dls.train`'s data, to validate on
     seed: int | None = None, # For a training loader with a seed of its own; None: as it is
 ) -> DataLoaders:
-    "The same loaders on parts of the training data."
+    "The same loaders on parts of the training data; a `ValueError` if what is left to train on makes no batch."
     data = dls.train.dataset
     take = data.subset if hasattr(data, 'subset') else lambda rows: Subset(data, rows.tolist())
     own = {} if seed is None or not hasattr(dls.train, 'seed') else dict(seed=seed)
@@ -67,9 +67,12 @@ class PatientScores(Callback):
         metric: Callable | None = None, # (predictions, targets) arrays of a patient -> float, higher is better; None: -loss
     ): self.patients, self.metric, self.scores = patients, metric, {}
 
-    def before_validate(self): self.seen, self.pieces = 0, {}
+    def before_validate(self):
+        "Begin at the first row."
+        self.seen, self.pieces = 0, {}
 
     def after_batch(self):
+        "Keep predictions and targets by patient; score those that are complete, and let go of them."
         pred, target = self.pred.detach().float().cpu(), self.yb[0].detach().cpu().as_subclass(Tensor)
         rows = self.patients[self.seen:self.seen + len(pred)]
         self.seen += len(pred)
@@ -79,12 +82,14 @@ class PatientScores(Callback):
         for code in set(self.pieces) - set(self.patients[self.seen:].tolist()): # complete
             self.scores[code] = self.score(*(torch.cat(part) for part in zip(*self.pieces.pop(code))))
 
-    def score(self, pred: Tensor, target: Tensor) -> float:
+    def score(self, pred: Tensor, target: Tensor) -> float: # Higher is better
+        "Score of one patient from all rows (n, ...): the metric, or minus the learner's loss."
         if self.metric is not None: return float(self.metric(pred.numpy(), target.numpy()))
         device = next(self.model.parameters()).device # where the loss has its class weights
         return -float(self.loss_func(pred.to(device), target.to(device)).detach())
 
     def after_validate(self):
+        "A `ValueError` if the loader gave more or fewer rows than `patients` has."
         if self.seen != len(self.patients): raise ValueError(f'the validation loader gave {self.seen} rows, not {len(self.patients)}')
 
 # %% ../../nbs/api/transfer/03_l2sp_find.ipynb #e2fdfafd
@@ -96,7 +101,7 @@ class LamCurve:
     folds: np.ndarray # (P,) fold of each patient
 
     @property
-    def table(self) -> pd.DataFrame: # One row per lambda
+    def table(self) -> pd.DataFrame: # One row per lambda; a `ValueError` if every training diverged
         "Mean and standard error over patients; how far behind the best, paired, with its standard error."
         complete = ~np.isnan(self.scores).any(0)
         mean = np.where(complete, self.scores.mean(0), np.nan)
@@ -183,7 +188,7 @@ def l2sp_find(self: Learner, # Holds the source's weights in the encoder, and a 
     loaders: Callable | None = None, # (train_rows, valid_rows) -> DataLoaders; None: `fold_loaders`
     **options, # Of `L2SP`, such as `form`, `scope`, `norms`
 ) -> LamCurve:
-    "Compare values of lambda by cross-validation over patients; the learner stays exactly as it was."
+    "Compare values of lambda by cross-validation over patients (Section II); the learner stays exactly as it was."
     if patients is None: patients = self.dls.train.dataset.patient_codes
     codes, names = pd.factorize(np.asarray(patients))
     if loaders is None and len(codes) != len(self.dls.train.dataset):

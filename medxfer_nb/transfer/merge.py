@@ -28,7 +28,7 @@ def all_layers(name: str, module: nn.Module) -> bool:
     return True
 
 def conv_layers(name: str, module: nn.Module) -> bool:
-    "Convolutions are shared, transposed ones too: P of T-IMM (Section 4.1)."
+    "Convolutions are shared, transposed ones and heads too; P of T-IMM (Section 4.1) is without the heads: `is_shared` of models.unet3d."
     return isinstance(module, nn.modules.conv._ConvNd)
 
 def layers_but_norms(name: str, module: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def layers_but_norms(name: str, module: nn.Module) -> bool:
     return not isinstance(module, NORMS)
 
 def layers_of(
-    net: nn.Module,
+    net: nn.Module, # Any network
     shared: Predicate = all_layers, # Which layers
 ) -> dict[str, list[str]]: # Path of a layer -> names of its parameters; both in the order of the network
     "Modules that own parameters themselves."
@@ -48,10 +48,10 @@ def layers_of(
     return layers
 
 def partition(
-    net: nn.Module,
+    net: nn.Module, # Any network
     shared: Predicate = all_layers, # Layers of P
 ) -> tuple[list[str], list[str]]: # Names of the parameters in P, and in S; buffers are in neither and stay with S
-    "Split the parameters: P is merged, S is the task's own."
+    "Split the parameters (Section 3.1): P is merged, S is the task's own."
     chosen = {name for names in layers_of(net, shared).values() for name in names}
     names = [name for name, _ in net.named_parameters()]
     return [n for n in names if n in chosen], [n for n in names if n not in chosen]
@@ -67,9 +67,9 @@ Weights = nn.Module | Mapping[str, Tensor] # A network, or its state dict
 STATISTICS = ('running_mean', 'running_var') # of BatchNorm and its kin: floating, but no parameters
 
 def mergeable(
-    source: Weights,
+    source: Weights, # A network, or its state dict
 ) -> list[str]: # In the order of the network
-    "Names of the floating parameters."
+    "Names of the floating parameters; of a state dict all floating tensors but running statistics."
     tensors = dict(source.named_parameters()) if isinstance(source, nn.Module) else source
     return [name for name, t in tensors.items() if t.is_floating_point() and name.rpartition('.')[2] not in STATISTICS]
 
@@ -103,7 +103,7 @@ def check_fit(
     fisher: bool = False, # Fisher information: of any precision, not negative
     contents: bool = True, # Look at the numbers too, not only at names and shapes?
 ):
-    "Refuse tensors that cannot be merged, and list them all."
+    "Refuse tensors that cannot be merged, and list them all in a `MergeError`."
     problems = {}
     for t, tensors in enumerate(given):
         for name in names:
@@ -133,7 +133,7 @@ def check_ancestry(
     sources: Sequence[Mapping[str, Tensor]], # State dicts
     names: Sequence[str], # Parameters that are to be merged
 ):
-    "Refuse sources that were not trained one from another, or from one start."
+    "Refuse by a `MergeError` sources that were not trained one from another, or from one start (Section 3.1)."
     cosines = kernel_cosines(sources, names)
     if cosines is None: return
     apart = [f'{i} and {j} (cosine {cosines[i, j]:.3f})' for j in range(len(sources)) for i in range(j) if cosines[i, j] < KINSHIP]
@@ -156,7 +156,7 @@ def units(
     shared: Predicate = all_layers, # Which layers of a network
     net: nn.Module | None = None, # Whose parameters they are, if given by name: says what is transposed
 ) -> dict[str, str]: # Name of a parameter -> its unit: 'all', the path of its layer, or its own name
-    "Which parameters have their mixing ratio together."
+    "Which parameters have their mixing ratio together; 'layer' is the paper's (Section 3.1)."
     if granularity not in GRANULARITIES: raise MergeError(f'granularity is one of {GRANULARITIES}, not {granularity!r}')
     layers, tensors = {}, dict(params.named_parameters()) if isinstance(params, nn.Module) else params
     for name in tensors: layers.setdefault(layer_path(name), []).append(name)
@@ -172,13 +172,13 @@ def units(
 Ratios = Sequence[float] | Mapping[str, Sequence[float] | Tensor] | None # T numbers for all; by unit: (T,), or (T, C); None: 1/T
 
 def check_ratios(
-    ratios: Ratios,
+    ratios: Ratios, # In any of their forms
     n_sources: int, # T
     unit_of: Mapping[str, str], # Of `units`
     params: Mapping[str, Tensor], # Parameters by name
     granularity: str = 'layer', # 'channel' allows (T, C)
 ) -> dict[str, Tensor]: # Unit -> ratios (T,) or (T, C), float64; not negative, sum 1 (Eq. 1)
-    "Bring ratios into one form."
+    "Bring ratios into one form; a `MergeError` for units, shapes or numbers that cannot be."
     shapes = {unit: params[name].shape for name, unit in unit_of.items()}
     if ratios is None: ratios = [1 / n_sources] * n_sources
     if not isinstance(ratios, Mapping): ratios = dict.fromkeys(shapes, ratios)
@@ -231,7 +231,7 @@ def fisher_shares(
     scale: str = 'printed', # One of `SCALES`; 'tensor': each over its mean in the tensor (the authors' code normalises per tensor)
     names: Sequence[str] | None = None, # None: all
 ) -> dict[str, Tensor]: # Name -> (T, *shape): F^t / sum_j F^j of each entry; 1/T where all are zero
-    "The sources' shares of the Fisher information."
+    "The sources' shares of the Fisher information; a `MergeError` where it does not fit."
     values, names = _values(fishers, names, scale)
     check_fit(values, names, values[0], fisher=True)
     shares = {name: torch.stack(_relative([SCALES[scale](v[name].detach()) for v in values])) for name in names}
@@ -394,7 +394,7 @@ def mode_imm(
     names: Sequence[str] | None = None, # P, such as the first of `partition`; None: all that has Fisher information
     ancestry: str = 'check', # 'trust' merges networks that look unrelated
 ) -> dict[str, Tensor]: # The merged P
-    "Mode-IMM (Eq. 2): the mean weighted by ratio and Fisher information."
+    "Mode-IMM (Eq. 2): the mean weighted by ratio and Fisher information; a `MergeError` lists what does not fit."
     if len(fishers) != len(sources): raise MergeError(f'{len(sources)} sources need {len(sources)} Fisher informations, not {len(fishers)}')
     values, names = _values(fishers, names, scale)
     states, names = _kin(sources, names, ancestry)
@@ -405,12 +405,12 @@ def mode_imm(
 @torch.no_grad()
 def mean_imm(
     sources: Sequence[Weights], # As for `mode_imm`
-    ratios: Ratios = None,
-    granularity: str = 'layer',
+    ratios: Ratios = None, # Mixing ratios; None: 1/T
+    granularity: str = 'layer', # One of `GRANULARITIES`
     names: Sequence[str] | None = None, # P; None: all floating parameters
-    ancestry: str = 'check',
+    ancestry: str = 'check', # 'trust' merges networks that look unrelated
 ) -> dict[str, Tensor]: # The merged P
-    "Mean-IMM: the mean weighted by the ratios."
+    "Mean-IMM (Lee et al. 2017): the mean weighted by the ratios; a `MergeError` lists what does not fit."
     states, names = _kin(sources, names, ancestry)
     alphas = _alphas(ratios, states, granularity, sources[0])
     return _sound(_merge_all(states, [], alphas), states)
@@ -418,10 +418,10 @@ def mean_imm(
 # %% ../../nbs/api/transfer/05_merge.ipynb #e72fd3e1
 def soup(
     sources: Sequence[Weights], # As for `mode_imm`
-    names: Sequence[str] | None = None,
-    ancestry: str = 'check',
+    names: Sequence[str] | None = None, # P; None: all floating parameters
+    ancestry: str = 'check', # 'trust' merges networks that look unrelated
 ) -> dict[str, Tensor]: # The merged P
-    "The plain mean of the sources."
+    "The plain mean of the sources (Wortsman et al. 2022)."
     return mean_imm(sources, names=names, ancestry=ancestry)
 
 @torch.no_grad()
@@ -429,10 +429,10 @@ def task_arithmetic(
     ancestor: Weights, # What all sources were trained from
     sources: Sequence[Weights], # As for `mode_imm`
     scale: float = 1., # Of the sum of what each task has changed
-    names: Sequence[str] | None = None,
-    ancestry: str = 'check',
+    names: Sequence[str] | None = None, # P; None: all floating parameters
+    ancestry: str = 'check', # 'trust' merges networks that look unrelated
 ) -> dict[str, Tensor]: # The merged P
-    "ancestor + scale * sum of (source - ancestor)."
+    "ancestor + scale * sum of (source - ancestor) (Ilharco et al. 2023)."
     (start, *states), names = _kin([ancestor, *sources], names, ancestry)
     def changed(first, *others): return (_wide(first) + scale * sum(_wide(other) - _wide(first) for other in others)).to(first.dtype)
     return _sound({name: changed(start[name], *(s[name] for s in states)) for name in names}, [start, *states])
@@ -440,10 +440,10 @@ def task_arithmetic(
 # %% ../../nbs/api/transfer/05_merge.ipynb #2e88a593
 @torch.no_grad()
 def load_merged(
-    net: nn.Module,
+    net: nn.Module, # Gives S and its buffers
     merged: Mapping[str, Tensor], # P, of one of the functions above
 ) -> nn.Module: # The same network
-    "Put merged parameters into a network, in place."
+    "Put merged parameters into a network, in place; a `MergeError` lists what does not fit."
     state = net.state_dict()
     check_fit([merged], list(merged), state)
     for name, value in merged.items(): state[name].copy_(value)

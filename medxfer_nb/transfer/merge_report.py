@@ -34,13 +34,13 @@ def _layers(net: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     return {path: held for path, held in layers.items() if held}
 
 def ratio_table(
-    net: nn.Module,
+    net: nn.Module, # Gives the order of the layers
     ratios: Ratios, # As given to `mode_imm`, or learned
     n_sources: int, # T
     granularity: str = 'layer', # Of the ratios
     names: Sequence[str] | None = None, # P; None: all parameters
 ) -> pd.DataFrame: # Index: layer; one column per source
-    "Mixing ratios of each layer."
+    "Mixing ratios of each layer, the mean over its entries."
     params = {name: p.detach() for name, p in net.named_parameters() if names is None or name in set(names)}
     unit_of = units(params, granularity, net=net)
     alphas = check_ratios(ratios, n_sources, unit_of, params, granularity)
@@ -67,7 +67,7 @@ def plot_ratios(
 # %% ../../nbs/api/transfer/05b_merge_report.ipynb #7411edfe
 @contextmanager
 def lent(
-    net: nn.Module,
+    net: nn.Module, # Lends S and its buffers
     tensors: Mapping[str, Tensor], # Parameters by name
 ) -> Iterator[nn.Module]: # The same network, in evaluation mode
     "Run a block with other parameters, without gradients; afterwards the network is as it was."
@@ -127,7 +127,7 @@ def distances(
 def weights_kept(
     layers: Mapping[str, Sequence[str]], # Layer -> names of its parameters
     sources: Sequence[Mapping[str, Tensor]], # P of each
-    merged: Mapping[str, Tensor],
+    merged: Mapping[str, Tensor], # The merged P
 ) -> dict[str, float]: # Layer -> length of the merged weights / mean of the sources'; 1 where all are zero
     "How much of their length the weights have kept."
     def length(tensors, names): return float(torch.stack([torch.linalg.vector_norm(tensors[n].float()).cpu() for n in names]).norm())
@@ -146,7 +146,7 @@ def _watched(net: nn.Module, paths: Sequence[str], look: Callable) -> Iterator[d
         for hook in hooks: hook.remove()
 
 def signal(
-    net: nn.Module,
+    net: nn.Module, # Lends S and its buffers
     tensors: Mapping[str, Tensor], # P
     inputs: Tensor, # A batch
     layers: Sequence[str], # Paths of layers
@@ -157,7 +157,7 @@ def signal(
     return seen
 
 def norm_misfit(
-    net: nn.Module,
+    net: nn.Module, # Lends S and its buffers
     tensors: Mapping[str, Tensor], # P
     inputs: Tensor, # A batch
 ) -> dict[str, float]: # Normalisation layer with running statistics -> standard deviation that arrives / the one it expects, median over channels
@@ -181,10 +181,10 @@ class MergeReport:
     paths: dict[str, pd.DataFrame] = field(default_factory=dict) # 'source 0 to source 1' -> `path_loss`
     loss: float | None = None # Of the result
     norms: dict[str, float] = field(default_factory=dict) # Of `norm_misfit`
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = () # What looks wrong, and what to do
 
     def plot(self) -> plt.Figure:
-        "Ratios and paths, as far as they are known."
+        "Ratios and paths, as far as they are known; a `ValueError` if neither is."
         drawn = [(plot_ratios, self.ratios)] * (self.ratios is not None) + [(plot_paths, self.paths)] * bool(self.paths)
         if not drawn: raise ValueError('nothing to draw: give `merge_report` the ratios or a loss')
         fig, axes = plt.subplots(1, len(drawn), figsize=(3.9 * len(drawn), 2.8), squeeze=False, layout='constrained')
@@ -239,7 +239,7 @@ def merge_report(
     inputs: Tensor | None = None, # A batch, for the signal and the running statistics
     points: int = 11, # On a path
 ) -> MergeReport:
-    "Ratios, distances, paths between the sources, norms, and warnings."
+    "Ratios, distances, paths between the sources, norms, and warnings; a `MergeError` where the sources do not fit."
     names, titles = list(merged), source_names(len(sources))
     states = [s.state_dict() if isinstance(s, nn.Module) else s for s in sources]
     check_fit([*states, net.state_dict()], names, merged)

@@ -93,8 +93,10 @@ def gathered(
     return values
 
 # %% ../../nbs/api/transfer/08_parallel.ipynb #831adf8b
-def on_all_ranks(fn: Callable):
-    "Its result on this rank; if it fails on any, an error on all."
+def on_all_ranks(
+    fn: Callable, # Takes nothing
+):
+    "Its result on this rank; if it fails on any, its own error there, and a `RankError` on the others."
     value, error = None, None
     try: value = fn()
     except Exception as e: error = e
@@ -107,9 +109,9 @@ def on_all_ranks(fn: Callable):
 def same_on_ranks(
     tensors: Mapping[str, Tensor], # Name -> tensor
     what: str = 'the tensors', # For the message
-    remedy: str = 'build them from the same seed and the same files on every rank',
+    remedy: str = 'build them from the same seed and the same files on every rank', # What to do, for the message
 ):
-    "Refuse tensors that are not those of rank 0, bit for bit."
+    "Refuse by a `RankError` tensors that are not those of rank 0, bit for bit."
     if world_size() == 1: return
     layouts = gathered([(name, t.shape, t.dtype) for name, t in tensors.items()])
     if layouts != layouts[:1] * len(layouts): raise RankError(f'{what} have other names, shapes or precisions on other ranks: {remedy}')
@@ -148,7 +150,7 @@ def launch(
     backend: str | None = None, # As for `join_ranks`
     seconds: float | None = None, # Then they are ended; None: however long it takes
 ) -> list: # What `fn` gave on rank 0, 1, ...
-    "Run a function in several processes of this machine that know of each other."
+    "Run a function in several processes of this machine that know of each other; a `RankError` if one fails, GPUs lack, or time is up."
     # heavy, and only the starting process needs it
     import torch.multiprocessing as mp
     gpus = torch.cuda.device_count()
@@ -231,7 +233,7 @@ def _cut_share(dl: Iterable) -> Iterator[tuple[int, object]]: # As `_read_share`
 # %% ../../nbs/api/transfer/08_parallel.ipynb #f735511a
 class Share:
     "A loader, of whose batches each rank gets its part; everything else is the loader's own."
-    def __init__(self, dl): vars(self).update(dl=dl, cases=0, length=len(dl))
+    def __init__(self, dl): vars(self).update(dl=dl, cases=0, length=len(dl)) # Any loader
 
     def __iter__(self):
         vars(self)['length'] = len(self.dl)
@@ -244,7 +246,10 @@ class Share:
         if name.startswith('__'): raise AttributeError(name) # asked for by `copy` before there is a loader
         return getattr(vars(self)['dl'], name)
     def __setattr__(self, name, value): setattr(self.dl, name, value) # `SeedEpochs` reseeds the loader through here
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False) # `DataParallel` has gathered it
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "Without gathering: `DataParallel` has gathered it."
+        return to_detach(b, cpu, gather=False)
 
 # %% ../../nbs/api/transfer/08_parallel.ipynb #cbd6a207
 def gather_cases(
@@ -310,7 +315,9 @@ class DataParallel(Callback):
         self.bare = self.wrapped = self.loaders = None
         # precision is fastai's to choose: accelerate's own autocast would come without its scaler
         self.accelerator = Accelerator(cpu=not on_gpu, mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
+
     def before_fit(self):
+        "Compare the plans of the ranks, wrap the model, divide the loaders; a `RankError` for ranks that do not go together."
         self.check_plan()
         self.bare, self.old_bn = self.learn.model, _swap_bn(self.learn.model) if self.sync_bn else {}
         fixed = _constants(self.bare)
@@ -321,22 +328,36 @@ class DataParallel(Callback):
         self.loaders, self.learn.dls.loaders = self.dls.loaders, [Share(dl) for dl in self.dls.loaders]
 
     def before_train(self):
+        "Divide the loader; checkpoints are written by rank 0 alone."
         self.take_share()
         for cb in self.learn.cbs:
             if isinstance(cb, Checkpoint): cb.run = not rank() # it has loaded; fastai sets this back after `fit`
 
-    def accumulating(self) -> list: return self.learn._grab_cbs(GradientAccumulation)
-    def before_validate(self): self.take_share()
-    def before_batch(self): self.learn.model = self.wrapped
-    def after_cancel_batch(self): self.learn.model = self.bare
+    def accumulating(self) -> list:
+        "Callbacks that accumulate gradients over several batches."
+        return self.learn._grab_cbs(GradientAccumulation)
+
+    def before_validate(self):
+        "Divide the loader."
+        self.take_share()
+
+    def before_batch(self):
+        "Compute with the wrapped model, which averages the gradients of the ranks."
+        self.learn.model = self.wrapped
+
+    def after_cancel_batch(self):
+        "Give the learner its own model back."
+        self.learn.model = self.bare
 
     def after_pred(self):
+        "Give the learner its own model back; in validation put predictions and targets of all ranks together."
         self.learn.model = self.bare
         if self.training: return
         whole = lambda t: gather_cases(t, self.dl.cases) if isinstance(t, Tensor) else t
         self.learn.pred, self.learn.yb = apply(whole, self.pred), apply(whole, self.yb)
 
     def after_loss(self):
+        "In training weight the share's loss so that the averaged gradient is the whole batch's; `loss` becomes that of the whole batch."
         if not self.training or not len(self.yb): return
         mine, loss = _count(share_of(self.dl.cases, rank(), world_size())), self.loss.detach().as_subclass(Tensor).double()
         w = (self.weight or share_weight(self.loss_func))(*self.yb) if mine else 0 # a stand-in counts nothing
@@ -348,20 +369,24 @@ class DataParallel(Callback):
         self.learn.loss = (summed / total).to(self.loss.dtype)
 
     def after_backward(self):
+        "Gradient accumulation counts the cases of the whole batch."
         for cb in self.accumulating(): cb.count += self.dl.cases - find_bs(self.yb) # else each rank would count its own cases
 
     def after_train(self):
+        "Refuse ranks whose weights went apart, by a `RankError`; buffers become those of rank 0."
         same_on_ranks({name: p for name, p in self.bare.named_parameters() if p.requires_grad}, 'after this epoch the parameters',
                       'does a callback change weights or gradients differently on each rank, or unfreeze some during `fit`?')
         fixed = _constants(self.bare)
         broadcast_({name: b for name, b in self.bare.named_buffers() if name not in fixed})
 
-    def after_fit(self): self.restore()
+    def after_fit(self):
+        "Give the learner its model and its loaders back."
+        self.restore()
 
 # %% ../../nbs/api/transfer/08_parallel.ipynb #3975c9f2
 @patch
 def check_plan(self: DataParallel):
-    "Refuse ranks that would run different numbers of steps."
+    "Refuse ranks that would run different numbers of steps, by a `RankError`."
     skips = [cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)]
     plans = gathered((getattr(self.learn, 'n_epoch', None), [len(dl) for dl in self.dls.loaders], skips))
     if any(plan != plans[0] for plan in plans):
@@ -424,7 +449,10 @@ class Dealt:
             self.numbers = [cases[i] * world_size() + rank() if self.divided else cases[i] for i in mine]
             if mine: yield tuple(t[mine] for t in (*inputs, target) if t is not None)
 
-    def draws(self, rule: Likelihood, seed: int) -> Likelihood:
+    def draws(self,
+        rule: Likelihood, # As for `fisher`
+        seed: int, # Of the labels drawn
+    ) -> Likelihood:
         "The likelihood, with labels drawn by the running numbers among the cases of all ranks."
         if rule.sample is None: return rule
         return replace(rule, sample=lambda logits, _: rule.sample(logits, uniform(logits.shape[1:], self.numbers, seed).to(logits.device)))
@@ -442,15 +470,15 @@ def fisher_over_ranks(
     model: nn.Module, # The same on every rank; it stays as it is
     batches: Iterable, # The same on every rank: each takes its cases
     likelihood: str | Likelihood | Callable, # As for `fisher`
-    labels: str = 'true',
-    names: Names = None,
+    labels: str = 'true', # 'true': the data's; 'model': drawn from the model
+    names: Names = None, # Which parameters, see `chosen_parameters`
     backend: str = 'auto', # Each rank may find another one the fastest
     n_cases: int | None = None, # Of all ranks together, at most; None: all
     seed: int = 0, # Of the labels drawn
     divided: bool = False, # Does each rank bring cases of its own instead? Then nothing is read twice
     path: str | Path | None = None, # Rank 0 writes it there
 ) -> Fisher: # The same on every rank
-    "`fisher` of the cases of all ranks."
+    "`fisher` of the cases of all ranks; a `FisherError` for no cases, a `RankError` where the networks differ."
     join_ranks()
     model, rule = get_model(model), get_likelihood(likelihood)
     params = chosen_parameters(model, names)

@@ -34,7 +34,7 @@ from .freeze import Fix
 # %% ../../nbs/api/transfer/01_stages.ipynb #994842d3
 @dataclass(frozen=True)
 class Strategy:
-    "One stage of training on a `ColorizedNet`."
+    "One stage of training on a `ColorizedNet` (Section III.A)."
     name: str # Key in `STRATEGIES`
     title: str # As the paper writes it
     trains: tuple[str, ...] # Parts that learn, of 'T', 'E', 'C'
@@ -43,7 +43,8 @@ class Strategy:
     equation: str = '' # Place in the paper
 
     @property
-    def fixed(self) -> tuple[str, ...]: # Parts that stay as they are
+    def fixed(self) -> tuple[str, ...]: # Of 'T', 'E', 'C'
+        "Parts that stay as they are."
         return tuple(part for part in 'TEC' if part not in self.trains)
 
 STRATEGIES = {s.name: s for s in (
@@ -55,7 +56,7 @@ STRATEGIES = {s.name: s for s in (
 
 # %% ../../nbs/api/transfer/01_stages.ipynb #0df6ad66
 def get_strategy(strategy: str | Strategy) -> Strategy: # By name, or itself
-    "Look a strategy up."
+    "Look a strategy up; a `ValueError` for an unknown one."
     if isinstance(strategy, Strategy): return strategy
     if strategy not in STRATEGIES: raise ValueError(f'no strategy {strategy!r}; there are: {", ".join(STRATEGIES)}')
     return STRATEGIES[strategy]
@@ -65,7 +66,7 @@ def reset_part(
     part: nn.Module, # Layers with `reset_parameters`, PyTorch's convention
     seed: int, # Same seed, same weights
 ) -> nn.Module: # The same module
-    "Initialise a module anew; the global random state stays as it is."
+    "Initialise a module anew; the global random state stays as it is. A `ValueError` if a layer would keep its weights."
     fixed = [name or type(part).__name__ for name, m in part.named_modules()
              if not hasattr(m, 'reset_parameters') and next(m.parameters(recurse=False), None) is not None]
     if fixed: raise ValueError(f'{", ".join(fixed)} would keep the old weights: a module with parameters of its own needs `reset_parameters`')
@@ -82,7 +83,7 @@ def begin_stage(
     seed: int, # For the parts that start fresh
     parent: dict[str, Tensor] | None = None, # State dict after the parent stage
 ) -> ColorizedNet: # The same model, ready for `stage_learner`
-    "T and E from the parent stage, the rest fresh."
+    "T and E from the parent stage, the rest fresh; a `ValueError` if the parent is missing, or not wanted."
     s = get_strategy(strategy)
     if bool(s.parents) != (parent is not None):
         raise ValueError(f'{s.title} ' + (f'starts from the weights of {" or ".join(s.parents)}: give `parent`' if s.parents
@@ -98,7 +99,7 @@ def masked_bce(
     logits: Tensor, # (B, C)
     targets: Tensor, # (B, C): 0 to 1, NaN where unknown
 ) -> Tensor: # Mean over the known targets; 0 where all are unknown
-    "Binary cross-entropy with logits over the targets that are known."
+    "Binary cross-entropy with logits (Section III.A) over the known targets; a `ValueError` for shapes that differ, or targets beyond 0 to 1."
     if logits.shape != targets.shape: raise ValueError(f'logits {tuple(logits.shape)} and targets {tuple(targets.shape)} differ in shape')
     targets = targets.as_subclass(Tensor)
     if ((targets < 0) | (targets > 1)).any(): raise ValueError('targets are 0 to 1, or NaN where unknown: apply a policy to uncertain labels (-1) first')
@@ -118,7 +119,7 @@ def stage_learner(
     precision: str | dict[str, str] | None = None, # 'fp32', 'bf16', 'auto' or one per part; None: as the model is set
     precision_cache: str | Path | None = None, # File of decisions for 'auto'
 ) -> Learner: # SGD, three parameter groups, fixed parts fixed
-    "A fastai `Learner` for one stage."
+    "A fastai `Learner` for one stage, with SGD (Section IV.B)."
     s = get_strategy(strategy)
     learn = Learner(dls, model, loss_func=loss, opt_func=partial(SGD, mom=mom), splitter=split_TEC, wd=wd,
                     cbs=[Fix(s.fixed, bn_stats)] if s.fixed else None)
@@ -133,7 +134,12 @@ def stage_learner(
 # %% ../../nbs/api/transfer/01_stages.ipynb #9dc26220
 class TrainingDiverged(RuntimeError):
     "The loss became NaN or infinite."
-    def __init__(self, message: str, step: int, loss: float, config: object = None):
+    def __init__(self,
+        message: str, # What happened, and what to do
+        step: int, # Of the training, from 0
+        loss: float, # As it was: NaN or infinite
+        config: object = None, # Of the run
+    ):
         super().__init__(message)
         self.step, self.loss, self.config = step, loss, config
 
@@ -179,7 +185,7 @@ def find_lr(
     seed: int = 0, # For the order of the batches
     config: object = None, # Of the run, for the message of `TrainingDiverged`
 ) -> LrCurve:
-    "Find the maximum learning rate; the learner stays exactly as it was."
+    "Find the maximum learning rate (Section IV.B); the learner stays exactly as it was. `TrainingDiverged` if the loss breaks off too early to judge."
     if iterations < 50: raise ValueError(f'{iterations} iterations give unreliable suggestions: take 50 or more')
     with untouched(learn), learn.no_bar(), learn.no_logging():
         seed_epoch(learn, seed, 0)
@@ -209,8 +215,11 @@ def seed_epoch(
 class SeedEpochs(Callback):
     "Seed each epoch by its number."
     order = -20
-    def __init__(self, seed: int): self.seed = seed
-    def before_epoch(self): seed_epoch(self.learn, self.seed, self.epoch)
+    def __init__(self, seed: int): self.seed = seed # Of the run
+
+    def before_epoch(self):
+        "Seed Python, NumPy, PyTorch and the training loader for this epoch."
+        seed_epoch(self.learn, self.seed, self.epoch)
 
 # %% ../../nbs/api/transfer/01_stages.ipynb #7dd8cc0c
 class StopOnNaN(Callback):
@@ -219,6 +228,7 @@ class StopOnNaN(Callback):
     def __init__(self, config: object = None): self.config = config # What is running, for the message
 
     def after_loss(self):
+        "Raise `TrainingDiverged` if the loss of this batch, in training or validation, is not finite."
         if torch.isfinite(self.learn.loss): return
         n = len(self.dls.train)
         step, loss, lr = self.epoch * n + (self.iter if self.training else n), float(self.learn.loss.detach()), self.opt.hypers[-1]['lr']
@@ -231,15 +241,23 @@ class KeepBest(Callback):
     def __init__(self, metric: Callable | None = None): # (scores (N, C), targets (N, C)) arrays -> float, higher is better; None: -loss
         self.metric, self.history, self.best, self.weights = metric, [], None, None
 
-    def before_train(self): self.losses = []
-    def before_validate(self): self.seen, self.valid_losses, self.sizes = [], [], []
+    def before_train(self):
+        "Start a list of training losses."
+        self.losses = []
+
+    def before_validate(self):
+        "Start lists of what this validation gives."
+        self.seen, self.valid_losses, self.sizes = [], [], []
+
     def after_batch(self):
+        "Keep the loss of a training batch; of a validation batch loss, size and, for the metric, predictions and targets."
         if self.training: return self.losses.append(self.learn.loss.detach())
         self.valid_losses.append(float(self.learn.loss))
         self.sizes.append(len(self.yb[0]))
         if self.metric: self.seen.append((self.pred.detach().float().cpu(), self.yb[0].detach().cpu().as_subclass(Tensor)))
 
     def after_validate(self):
+        "Add the validation to the history; copy the weights to the CPU if its score is finite and above the best."
         loss = float(np.average(self.valid_losses, weights=self.sizes))
         value = float(self.metric(*(torch.cat(part).numpy() for part in zip(*self.seen)))) if self.metric else -loss
         entry = dict(iteration=(self.epoch + 1) * len(self.dls.train), train_loss=float(torch.stack(self.losses).mean()),
@@ -253,7 +271,7 @@ def read_checkpoint(
     path: str | Path, # File of `Checkpoint`
     stage: dict, # What identifies the stage
 ) -> dict | None: # Saved state; None where there is none to use
-    "Find and check the state of an interrupted stage."
+    "Find and check the state of an interrupted stage; a damaged file is warned of, another stage's a `ValueError`."
     if not Path(path).exists(): return None
     content = Path(path).read_bytes()
     if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
@@ -278,12 +296,14 @@ class Checkpoint(Callback):
     ): self.path, self.keep, self.fixed, self.saved = Path(path), keep, fixed, saved
 
     def before_fit(self):
+        "Load model, optimiser, history and best weights, if there is something to continue."
         if self.saved is None: return
         self.model.load_state_dict(self.saved['model'])
         self.opt.load_state_dict(to_device(self.saved['opt'], next(self.model.parameters()).device))
         self.keep.history, self.keep.best, self.keep.weights = (self.saved[k] for k in ('history', 'best', 'weights'))
 
     def after_validate(self):
+        "Replace the file by the state of now, its SHA-256 in front."
         opt = self.opt.state_dict()
         opt = {'state': [dict(s) for s in opt['state']], 'hypers': [{k: float(v) for k, v in h.items()} for h in opt['hypers']]}
         state = dict(self.fixed, epoch=self.epoch + 1, model=self.model.state_dict(), opt=opt,
@@ -322,7 +342,7 @@ def fit_stage(
     callbacks: Sequence[Callback] = (), # More callbacks
     config: object = None, # Of the run, for the message of `TrainingDiverged`
 ) -> StageResult: # The model holds the weights of the best validation
-    "Train one stage with One Cycle and end at the best validation (Section IV.B)."
+    "Train one stage with One Cycle and end at the best validation (Section IV.B); a `ValueError` if steps and loader do not fit."
     epochs, keep = _epochs(learn, steps, validate_every), KeepBest(metric)
     stage = dict(strategy=learn.strategy.name, steps=steps, validate_every=validate_every, seed=seed, lr=lr)
     saved = read_checkpoint(checkpoint, stage) if checkpoint else None

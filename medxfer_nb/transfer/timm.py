@@ -49,6 +49,7 @@ class MergedTensor(Module):
             self.register_buffer(name, stack, persistent=False)
 
     def forward(self, alpha: Tensor) -> Tensor: # Ratios (T,) or (T, C) -> shape and layout of `param`
+        "Eq. 2 for this tensor; the gradient reaches the ratios."
         return mix(self.theta, self.share, spread(alpha, self.theta.ndim - 1)).permute(self.back)
 
 # %% ../../nbs/api/transfer/06_timm.ipynb #573fdb0b
@@ -63,7 +64,7 @@ def _names_of(net: nn.Module, shared: Predicate, names: Sequence[str] | None) ->
     return [name for name in inside if name in set(names)]
 
 class AdaptiveMerge(Module):
-    "A network whose merged parameters follow from ratios that train (Eq. 3)."
+    "A network whose merged parameters follow from ratios that train (Eq. 3); a `MergeError` lists what does not fit."
     def __init__(self,
         net: nn.Module, # For the target task; what of it is not merged is S
         sources: Sequence[Weights], # T networks or state dicts
@@ -88,7 +89,8 @@ class AdaptiveMerge(Module):
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_leave_as_is)
 
-    def train_merged(self, trains: bool | Mapping[str, bool]): # May the network's own P train, all of it or by name? Not while it is merged
+    def train_merged(self, trains: bool | Mapping[str, bool]):
+        "May the network's own P train, all of it or by name? Not while it is merged."
         for name, p in self.net.named_parameters():
             if name in self.trained: p.requires_grad_(trains[name] if isinstance(trains, Mapping) else trains)
 
@@ -102,7 +104,8 @@ class AdaptiveMerge(Module):
         ratios = self.ratios()
         return {name: tensor(ratios[self.unit_of[name]]) for name, tensor in zip(self.names, self.tensors)}
 
-    def forward(self, *args, **kwargs): # As the network's own
+    def forward(self, *args, **kwargs):
+        "Run the network with P of these ratios; takes and gives what the network does."
         return functional_call(self.net, self.merged(), args, kwargs)
 
 # %% ../../nbs/api/transfer/06_timm.ipynb #47975d95
@@ -156,7 +159,7 @@ def stalls(
 WATCHED = {'valid': lambda entry: entry['valid_metric'], 'train': lambda entry: -entry['train_loss']}
 
 class UntilConverged(Callback):
-    "Stop when the score stalls; before that, halve the learning rate."
+    "Stop when the score stalls; before that, halve the learning rate. A `ValueError` for other words, or numbers below 1."
     order = -15
     def __init__(self,
         keep: KeepBest, # Its history decides
@@ -171,11 +174,20 @@ class UntilConverged(Callback):
             if n is not None and n < 1: raise ValueError(f'{name} is a positive number of validations or None, not {n}')
         self.keep, self.patience, self.min_gain, self.halve_after, self.watch, self.relative = keep, patience, min_gain, halve_after, watch, relative
 
-    def stalls(self) -> list[int]: return stalls(list(map(WATCHED[self.watch], self.keep.history)), self.min_gain, self.relative)
-    def converged(self) -> bool: return self.patience is not None and self.stalls()[-1:] >= [self.patience]
+    def stalls(self) -> list[int]:
+        "For each validation so far: how many since the last gain."
+        return stalls(list(map(WATCHED[self.watch], self.keep.history)), self.min_gain, self.relative)
 
-    def before_fit(self): self.rates = [hyper['lr'] for hyper in self.opt.hypers]
+    def converged(self) -> bool:
+        "Has nothing got better for `patience` validations?"
+        return self.patience is not None and self.stalls()[-1:] >= [self.patience]
+
+    def before_fit(self):
+        "Keep the learning rates that halving starts from."
+        self.rates = [hyper['lr'] for hyper in self.opt.hypers]
+
     def before_epoch(self):
+        "End the fit if it has converged, by `CancelFitException`; else set the learning rates."
         if self.converged(): raise CancelFitException
         halvings = sum(n > 0 and n % self.halve_after == 0 for n in self.stalls()) if self.halve_after else 0
         self.opt.set_hypers(lr=[rate / 2**halvings for rate in self.rates])
@@ -193,10 +205,10 @@ def fit_until(
     validate_every: int, # Steps between validations = batches of `learn.dls.train`
     lr: float | Sequence[float], # Constant rate, of all or of each parameter group
     patience: int | None = None, # See `UntilConverged`
-    min_gain: float = 0.,
-    halve_after: int | None = None,
+    min_gain: float = 0., # See `stalls`
+    halve_after: int | None = None, # Validations without a gain, then the rate is halved; None: it stays
     watch: str = 'valid', # 'valid': the model ends at its best validation; 'train': where it stopped
-    relative: bool = False,
+    relative: bool = False, # See `stalls`
     metric: Callable | None = None, # (outputs (N, ...), targets (N, ...)) arrays -> float to maximise; None: minus the loss
     seed: int = 0, # For batch order and augmentation
     checkpoint: str | Path | None = None, # File to save to, and to continue from if it exists
@@ -204,7 +216,7 @@ def fit_until(
     config: object = None, # Of the run, for the message of `TrainingDiverged`
     name: str = 'until', # Of the phase, in the checkpoint
 ) -> PhaseResult:
-    "Train until the score has converged."
+    "Train until the score has converged, as in both stages of Section 3.3; a `ValueError` if steps and loader do not fit."
     start, epochs, keep = time.perf_counter(), _epochs(learn, max_steps, validate_every), KeepBest(metric)
     rates = [float(rate) for rate in (lr if isinstance(lr, Sequence) else [lr])]
     rule = dict(patience=patience, min_gain=min_gain, halve_after=halve_after, watch=watch, relative=relative)
@@ -229,11 +241,13 @@ def split_adaption(model: AdaptiveMerge) -> list[list[nn.Parameter]]: # Paramete
 
 class KeepRatios(Callback):
     "No weight decay on delta."
-    def before_fit(self): self.opt.set_hyper('wd', [0., *(hyper.get('wd', 0.) for hyper in self.opt.hypers[1:])])
+    def before_fit(self):
+        "Set it to 0 for the first parameter group, which holds delta; the others keep theirs."
+        self.opt.set_hyper('wd', [0., *(hyper.get('wd', 0.) for hyper in self.opt.hypers[1:])])
 
 @contextmanager
 def adapting(
-    learn: Learner,
+    learn: Learner, # For the target task
     merge: AdaptiveMerge, # Around the learner's model
 ):
     "In the block the learner trains ratios and S of `merge`."
@@ -271,7 +285,9 @@ class TimmResult:
     adapted: dict[str, Tensor] # P after adaption, before fine-tuning (Table 4, Fig. 3)
 
     @property
-    def seconds(self) -> dict[str, float]: return dict(adaption=self.adaption.seconds, fine_tuning=self.fine_tuning.seconds)
+    def seconds(self) -> dict[str, float]:
+        "Wall time of each phase in this process, in seconds."
+        return dict(adaption=self.adaption.seconds, fine_tuning=self.fine_tuning.seconds)
 
 def _adapt(learn: Learner, merge: AdaptiveMerge, steps: int, rates: list[float], callbacks: Sequence[Callback], **options) -> tuple:
     "The first phase: its result, the ratios, and P, which is then the network's own."
@@ -304,17 +320,17 @@ def fit_timm(
     adapt_gain: float = 0.01, # Adaption has converged when the mean training loss has not fallen by this part ...
     adapt_patience: int | None = 3, # ... within so many intervals between validations; None: it takes all its steps
     patience: int | None = 50, # Of fine-tuning, see `UntilConverged`; None: it takes all its steps
-    min_gain: float = 0.,
-    halve_after: int | None = None,
+    min_gain: float = 0., # Of fine-tuning, see `stalls`
+    halve_after: int | None = None, # Of fine-tuning, see `UntilConverged`; None: the rate stays
     matched: bool = False, # `steps` are those of both phases together; with `patience=None` just as many as another start has
     seed: int = 0, # Both phases begin the batches anew, so that fine-tuning sees those that any other start sees
     checkpoint: str | Path | None = None, # Two files beside it, with '.adaption' and '.fine_tuning' added
     callbacks: Sequence[Callback] = (), # More callbacks, in both phases
     metric: Callable | None = None, # As for `fit_until`
-    config: object = None,
+    config: object = None, # Of the run, for the message of `TrainingDiverged`
     **merging, # shared, names, granularity, scale, ancestry: as for `AdaptiveMerge`
 ) -> TimmResult: # The model holds the weights of the best validation of fine-tuning
-    "T-IMM (Section 3.3): adapt the mixing ratios to the target task, then fine-tune all parameters."
+    "T-IMM (Section 3.3): adapt the mixing ratios to the target task, then fine-tune all parameters; a `ValueError` for steps that do not fit."
     common = dict(validate_every=validate_every or len(learn.dls.train), metric=metric, seed=seed, config=config)
     _check_phases(learn, common['validate_every'], adapt_steps, steps, matched, adapt_patience, patience, halve_after)
     merge = AdaptiveMerge(learn.model, sources, fishers, **merging)
