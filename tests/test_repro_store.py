@@ -54,6 +54,8 @@ def test_round_trip(store):
     assert record.history == expected.history and record.config == config
     for name, a in expected.predictions.items(): np.testing.assert_array_equal(record.predictions()[name], a)
     assert torch.equal(record.weights()['coef'], expected.state['coef'])
+    (record.folder / 'model.safetensors').write_bytes(b'cut')
+    with pytest.raises(ConfigError, match='gone or damaged: ask for the run again'): record.weights()
 
 
 def test_manifest_holds_provenance_and_no_paths(store):
@@ -223,3 +225,9 @@ def test_prune_spares_what_is_in_use(store):
     assert store.prune('all') == {} and store.keys() == [record.key]
     other.communicate('')
     assert list(store.prune('stale')) == [record.folder] and store.keys() == []
+
+
+@pytest.mark.parametrize('paper', ['colorization', 'lesions', 'brains'])
+def test_no_run_is_keyed_by_what_only_draws_it(paper):
+    closure = source_closure(f'medxfer_nb.repro.{paper}')
+    assert 'medxfer_nb.evaluate.plots' not in closure and len(closure) > 5

@@ -23,7 +23,7 @@ from scipy import stats
 
 # %% ../../nbs/api/evaluate/02_plots.ipynb #15de58e0
 STRATEGY_COLOURS = {'baseline': '#56B4E9', 'color_module': '#E69F00', 'last_layer': '#009E73', 'baseline_all': '#0072B2', 'all': '#D55E00'}
-SPARE_COLOURS = ('#CC79A7', '#7F7F7F', '#000000', '#8C6D31') # strategies of your own, in order of appearance
+SPARE_COLOURS = ('#CC79A7', '#7F7F7F', '#000000', '#8C6D31', '#882255', '#44AA99') # strategies of your own, in order of appearance
 MODULE_MARKERS = {'none': 'o', 'weight_sum': 'P', 'affine': 'v', 'deconv': 's', 'pixelshuffle': '^', 'coloru': 'D'}
 TITLES = {'baseline': 'Baseline', 'color_module': 'Color Module', 'last_layer': 'Last Layer', 'baseline_all': 'Baseline All', 'all': 'All',
           'none': '', 'weight_sum': 'weight sum', 'affine': 'affine', 'deconv': 'DECONV', 'pixelshuffle': 'PixelShuffle', 'coloru': 'ColorU',

@@ -147,7 +147,7 @@ def source_hash(
     return digest(_tree(ast.parse(source)), 64)
 
 # %% ../../nbs/api/repro/01_store.ipynb #882c3815
-MACHINERY = frozenset(f'medxfer_nb.repro.{name}' for name in ('store', 'jobs', 'notebooks', 'targets', 'report'))
+MACHINERY = frozenset(['medxfer_nb.evaluate.plots'] + [f'medxfer_nb.repro.{name}' for name in ('store', 'jobs', 'notebooks', 'targets', 'report')])
 
 def _source_file(
     module:str # Dotted name
@@ -363,8 +363,9 @@ class Record:
         return load_arrays(self.folder/'predictions.safetensors')
 
     def weights(self) -> dict: # Name -> tensor
-        "What `Result.state` held, read from the folder onto the CPU"
-        return load_tensors(self.folder/'model.safetensors')[0]
+        "What `Result.state` held, read from the folder onto the CPU; `ConfigError` if the file is gone or damaged"
+        if (found := load_tensors(self.folder/'model.safetensors')) is None: raise ConfigError(f'the weights of run {self.key} are gone or damaged: ask for the run again, which trains it anew')
+        return found[0]
 
     @property
     def code_changed(self) -> bool:
