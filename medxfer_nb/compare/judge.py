@@ -118,7 +118,7 @@ def estimate(
     n: int = 2000,   # Sets of patients drawn, for an AUC
     seed: int = 0,   # Of these draws
 ) -> Estimates:
-    "Scores of every arm and repeat, and how they move with the patients; `JudgeError` if too few were tested to judge by."
+    "Scores of every arm and repeat, and how they move with the patients; `JudgeError` (`ResultsError` for a segmentation) if too few were tested to judge by."
     return _estimate_auc(results, n, seed) if results.metric == 'auc' else _estimate_dice(results)
 
 # %% ../../nbs/api/compare/08_judge.ipynb #059044c7
@@ -312,8 +312,8 @@ def surface(
 class BlandAltman:
     "Agreement of predicted and true volumes, ml."
     bias: float              # Mean of predicted minus true
-    low: float               # Limits of agreement: where a share of `level` of the differences lies, of 95 % unless told
-    high: float
+    low: float               # Lower limit of agreement; between it and `high` lies a share `level` of the differences
+    high: float              # Upper limit of agreement
     bias_low: float          # Interval of the bias over repeats and patients
     bias_high: float
     cases: pd.DataFrame      # mean_ml, difference_ml, repeat: a row per case and repeat
@@ -455,7 +455,7 @@ class Judgement:
         a: str, # An arm
         b: str, # Another
     ) -> int: # +1: a is better, -1: b is, 0: cannot be told
-        "The corrected claim among all pairs; `JudgeError` where the two are no pair."
+        "The corrected claim among all pairs; `JudgeError` unless they are two different arms of the table."
         rows = self.pairs[self.pairs.a.isin([a, b]) & self.pairs.b.isin([a, b])]
         if rows.empty: raise JudgeError(f'{a!r} and {b!r} are no pair here: choose two of {list(self.table.index)}')
         return int(rows.claim.iloc[0])*(1 if rows.a.iloc[0] == a else -1)
@@ -480,7 +480,7 @@ def judge(
     n: int = 2000,                             # Sets of patients drawn, for an AUC
     seed: int = 0,                             # Of these draws
 ) -> Judgement:
-    "Compare all arms, over repeats and patients; `JudgeError` if no arm has all its runs, or too few patients were tested."
+    "Compare all arms, over repeats and patients; `JudgeError` if no arm has all its runs; that, or `ResultsError` for a segmentation, if too few patients were tested."
     if not results.arms: raise JudgeError('no arm has all its runs, so there is nothing to judge: see `failures`, and run again')
     adjust([], correction)
     estimates, there = estimate(results, n, seed), _references(results, references) if len(results.arms) > 1 else {}

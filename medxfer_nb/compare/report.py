@@ -129,7 +129,7 @@ class Contents:
 
     @property
     def unit(self) -> str: # 'mm' or 'pixels'
-        "Of distances; without a spacing there are no volumes, and distances are in pixels."
+        "Unit of distances; without a spacing there are no volumes, and distances are in pixels."
         unit = getattr(self.pool, 'unit', '') or ('mm' if 'volume_bias' in self.judgement.table else 'px')
         return 'mm' if unit == 'mm' else 'pixels'
 

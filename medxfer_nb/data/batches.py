@@ -22,7 +22,7 @@ def crop_resize(
     size:int, # Side of the square wanted, px
     at:float = 0.5 # Place of the square along the longer side: 0 top or left, 0.5 middle, 1 bottom or right
 ) -> np.ndarray: # (size,size) uint8
-    "The largest square of an image, rescaled to the network's input (Section IV.B)"
+    "The largest square of an image, rescaled to the network's input (Section IV.B of the colorization paper)"
     h,w = image.shape
     side = min(h, w)
     top,left = round((h-side)*at), round((w-side)*at)
@@ -95,7 +95,7 @@ class Draws:
         self.restart(0)
 
     def restart(self, epoch:int) -> None:
-        "Start the numbers of an epoch, which depend on nothing but the seed and its number, from 0"
+        "Start the numbers of an epoch; they depend on nothing but the seed and the epoch's number, counted from 0"
         self.rng = np.random.default_rng([self.seed, 1, epoch])
 
     def uniform(self,

@@ -155,7 +155,7 @@ def prepare(
     shape:tuple, # (z,y,x) voxels of the result
     bias_correct:bool = False # Run `n4` first
 ) -> tuple: # (M,z,y,x) float32 ranks; (z,y,x) uint8 or None
-    "All that is done to one subject: bias correction and ranks (Section 4.2), between them box and size"
+    "All that is done to one subject: bias correction if asked for, box, size, and ranks (Section 4.2)"
     if bias_correct: images = np.stack([n4(i) for i in images])
     images = crop(images, box)
     inside = resize_volume(images.any(0), shape) >= .5
@@ -258,7 +258,7 @@ def read_scores(
     path:Path, # .csv of the leaderboard
     cases:list = None # BrainCase that were submitted; None: in the order of the file
 ) -> pd.DataFrame: # index 1, 2, ...: Dice_ET, Dice_WT, Dice_TC and the other columns, numbers
-    "Dice of each subject, 0..1, from the leaderboard's table; `BrainError` names columns and subjects that are missing"
+    "Scores of each subject from the leaderboard's table, Dice as 0..1; `BrainError` for missing columns or subjects, subjects that occur twice, or a Dice beyond 0..1"
     try: table = pd.read_csv(path, skipinitialspace=True)
     except (OSError, ValueError) as e: raise BrainError(f'{path}: cannot read as a table: {e}') from e
     if missing := [c for c in ('Label', *_DICE) if c not in table]:

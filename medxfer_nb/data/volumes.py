@@ -446,7 +446,7 @@ def virtual_ct(
     cache:Path = None, # Folder for rendered slices; None: `cache_dir()/volumes`
     progress:Callable = print # Called with a line when there is something to wait for
 ) -> Slices: # pixels memory-mapped
-    "Axial slices of virtual patients, rendered once; a damaged or unfinished pool is rendered again; `CTError` for unknown names or impossible sizes"
+    "Axial slices of virtual patients, rendered once; a damaged or unfinished pool is rendered again; `CaseError` for unknown names, `CTError` for impossible sizes"
     c, task = _named(cohort, split, task)
     if n < 1 or size < 32: raise CTError(f"n must be at least 1 and size at least 32; got {n} and {size}")
     folder = Path(cache) if cache else cache_dir()/'volumes'

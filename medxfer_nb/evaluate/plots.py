@@ -120,7 +120,7 @@ def _recipes(runs):
 def _recipe_title(strategy, module): return ' · '.join(filter(None, [title(strategy), title(module)]))
 
 def _panel_title(strategy, module, width=28):
-    "In lines that a third of a page holds"
+    "Title of a recipe, in lines that fit a third of the page"
     whole = _recipe_title(strategy, module)
     return whole if len(whole) <= width else '\n'.join(textwrap.fill(part, width) for part in whole.split(' · '))
 
@@ -220,7 +220,7 @@ def by_draw(
     runs: pd.DataFrame, # strategy, module, n_train, draw, seed and the metric's column
     metric: str = 'mean_auc', # column to average
 ) -> pd.DataFrame: # the same columns, one row per independent repetition
-    "Average over the seeds within a draw of the training set, where there is more than one draw (Section V.B has three)."
+    "Average over the seeds within a draw of the training set, where there is more than one draw (Section V.B of the colorization paper has three)."
     keys = ['strategy', 'module', 'n_train', 'draw', 'seed']
     runs = _check(runs, [*keys, metric])[[*keys, metric]]
     several = runs.groupby(['strategy', 'module', 'n_train']).draw.transform('nunique') > 1
@@ -302,10 +302,12 @@ def plot_curves(
     recipes = _recipes(_check(curves, ['strategy', 'module', 'seed', 'iteration', *values]))
     colours, columns = strategy_colours(s for s, _ in recipes), min(columns, len(recipes))
     rows, run_of = -(-len(recipes)//columns), [c for c in ('n_train', 'draw', 'seed') if c in curves]
-    fig, axes = plt.subplots(rows, columns, figsize=(max(COLUMN, PAGE*columns/3), .7 + 1.6*rows), sharex=False, sharey=True, squeeze=False)
-    for ax, (s, m) in zip(axes.flat, recipes):
+    titles = [_panel_title(s, m) for s, m in recipes]
+    height = 1.6 + .16*max(t.count('\n') for t in titles)
+    fig, axes = plt.subplots(rows, columns, figsize=(max(COLUMN, PAGE*columns/3), .7 + height*rows), sharex=False, sharey=True, squeeze=False)
+    for ax, (s, m), name in zip(axes.flat, recipes, titles):
         for _, run in curves[(curves.strategy == s) & (curves.module == m)].groupby(run_of): _draw_curve(ax, run, values, keep, colours[s])
-        ax.set(title=_panel_title(s, m), xlabel='iteration')
+        ax.set(title=name, xlabel='iteration')
     for ax in axes.flat[len(recipes):]: ax.set_axis_off()
     for ax in axes[:, 0]: ax.set_ylabel('loss' if len(values) > 1 else CURVES[values[0]][0])
     key = [Line2D([], [], color='.4', ls=CURVES[v][1], lw=1, label=CURVES[v][0]) for v in values]

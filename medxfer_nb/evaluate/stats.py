@@ -116,7 +116,7 @@ def paired_t(
     b: Sequence[float], # (n,) scores of the paired runs of b (same seeds, same data)
     level: float = .95, # of the interval
 ) -> PairedT:
-    "Paired t-test of a minus b over runs (Section IV.C); `ValueError` unless there are two pairs of finite scores."
+    "Paired t-test of a minus b over runs (Section IV.C); `ValueError` for fewer than two pairs, or scores that are not finite."
     d = _paired(a, b)
     mean, n, se = d.mean(), len(d), d.std(ddof=1)/len(d)**.5
     if se <= 1e-12*np.abs(d).max(): # rounding noise is no spread: t is undefined, not infinite
@@ -214,7 +214,7 @@ def delong(
     patients: np.ndarray | None = None, # (N,) patient of each film; None: films are independent
     level: float = .95, # of the interval
 ) -> DeLong:
-    "Difference of the AUCs of two fixed models (DeLong 1988); with `patients`, clustered (Obuchowski 1997); `UndefinedAUC` if a class is missing."
+    "Difference of the AUCs of two fixed models (DeLong 1988); with `patients`, clustered (Obuchowski 1997); `UndefinedAUC` if a class has fewer than two patients (films, without `patients`)."
     (y, a), (_, b) = as_columns(targets, scores_a), as_columns(targets, scores_b)
     if y.shape[1] != 1: raise ValueError('delong compares one observation: for a mean AUC use cluster_bootstrap')
     auc_a, auc_b = mean_auc(y, a), mean_auc(y, b)

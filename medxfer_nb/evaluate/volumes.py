@@ -43,7 +43,7 @@ def stack_volume(
     shape: tuple[int, int, int], # (Z, Y, X) of the original volume
     keep: int | None = None, # class whose probability is kept too
 ) -> Stacked:
-    "Slice probabilities as a label volume of the original size, slice by slice (Section II.A); `ValueError` for a wrong number, or no softmax."
+    "Slice probabilities as a label volume of the original size, slice by slice (Section II.A of the L2-SP paper); `ValueError` for a wrong number of slices, or for what is no softmax."
     labels, z = np.empty(shape, np.uint8), -1
     probability = None if keep is None else np.empty(shape, np.float16)
     for z, p in enumerate(_slices(batches)):
@@ -157,7 +157,7 @@ def postprocess(
     lung_label: int = 1, # in `labels`
     lesion_label: int = 2, # in `labels`
 ) -> np.ndarray: # (Z, Y, X) labels, same type
-    "Morphology and false-positive reduction from the prediction alone (Section II.A); `ValueError` for any other label."
+    "Morphology and false-positive reduction from the prediction alone (Section II.A of the L2-SP paper); `ValueError` for any other label."
     labels = np.asarray(labels)
     _check_labels(labels, spacing, {0, lung_label, lesion_label})
     out = np.zeros_like(labels)
@@ -216,7 +216,7 @@ def volume_scores(
     spacing: Sequence[float], # mm (z, y, x)
     classes: Mapping[str, int | Sequence[int]] = {'lung': 1, 'infection': 2}, # name -> label or labels
 ) -> pd.DataFrame: # index class: dice, precision, recall, predicted_ml, truth_ml, note
-    "Scores of a volume per class (Dice and precision: Section III), with the sizes of both masks in ml and a note where a mask is empty."
+    "Scores of a volume per class (Dice and precision: Section III of the L2-SP paper), with the sizes of both masks in ml and a note where a mask is empty."
     ml, rows = float(np.prod(spacing))/1000, {}
     for name, label in classes.items():
         o = overlap(pred, truth, label)

@@ -125,7 +125,7 @@ def hydra_loss(
 class OwnSteps(Callback):
     "Leave decoders alone in the steps of other tasks."
     def after_step(self):
-        "No gradient instead of zeros: momentum and weight decay move only what the next batch uses."
+        "Clear gradients to None, not zeros: so momentum and weight decay move only what the next batch uses."
         self.model.zero_grad(set_to_none=True)
 
 # %% ../../nbs/api/models/03_hydra.ipynb #9d31140c

@@ -66,7 +66,7 @@ def resize_to(
     return x if x.shape[-2:] == tuple(size) else F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 class UpBlock(Module):
-    "Double the resolution, join the skip, convolve twice (Section II.A)."
+    "Double the resolution, join the skip, convolve twice (Section II.A of the L2-SP paper)."
     def __init__(self,
         n_in: int, # Channels from below
         n_skip: int, # Channels of the skip, 0: none
@@ -75,8 +75,8 @@ class UpBlock(Module):
         self.up = nn.ConvTranspose2d(n_in, n_out, 2, stride=2)
         self.convs = nn.Sequential(conv_relu(n_out + n_skip, n_out), conv_relu(n_out, n_out))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor: # (B, n_in, h, w), (B, n_skip, H, W) -> (B, n_out, H, W)
-        "Double the resolution; with a skip go on to its size, join and convolve."
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor: # (B, n_in, h, w), (B, n_skip, H, W) -> (B, n_out, H, W); without skip (B, n_out, 2h, 2w)
+        "Double the resolution; with a skip, resize to its size and join; then convolve twice."
         x = self.up(x)
         return self.convs(x if skip is None else torch.cat([resize_to(x, skip.shape[-2:]), skip], 1))
 
@@ -113,7 +113,7 @@ def pad_to(
     return F.pad(x, (0, right, 0, bottom), mode='replicate') if bottom or right else x
 
 class UNet(Module):
-    "head(decoder(encoder(T(x)))) (Section II.A)."
+    "head(decoder(encoder(T(x)))) (Section II.A of the L2-SP paper)."
     def __init__(self,
         T: nn.Module, # Colour module, (B, in_channels, H, W) -> planes that the encoder takes
         encoder: nn.Module, # timm network
@@ -162,7 +162,7 @@ def new_decoder(
     n_classes: int, # Background counts as one
     widths: Sequence[int] = WIDTHS, # Channels per block, the coarsest first
 ) -> tuple[Decoder, nn.Conv2d]: # Decoder, head
-    "The second half, from scratch (Section II); a `ValueError` for fewer than 2 classes."
+    "The second half, from scratch (Section II of the L2-SP paper); a `ValueError` for fewer than 2 classes."
     if n_classes < 2: raise ValueError(f'a softmax needs 2 classes or more (background counts), not {n_classes}')
     decoder = Decoder(levels, widths)
     return decoder, nn.Conv2d(decoder.out_channels, n_classes, 1)
@@ -176,7 +176,7 @@ def unet(
     decoder_channels: Sequence[int] = WIDTHS, # Per block, the coarsest first; fewer halvings use the last ones
     **options, # For `timm.create_model`
 ) -> UNet: # T, decoder and head fresh
-    "A U-Net from the names of its parts (Section II.A)."
+    "A U-Net from the names of its parts (Section II.A of the L2-SP paper)."
     T, encoder, levels = new_encoder(backbone, in_channels, colour, pretrained, **options)
     return UNet(T, encoder, *new_decoder(levels, n_classes, decoder_channels), levels)
 
@@ -189,7 +189,7 @@ def split_encoder_decoder(model: UNet) -> list[list[nn.Parameter]]: # Parameters
 def class_weights(
     counts: Sequence[float] | Tensor, # (C,) pixels per class in the training set
 ) -> Tensor: # (C,) float32, w_c = N / (C n_c)
-    "Weights that balance the classes, from their ratio in the data set (Section II.A); a `ValueError` for a class without pixels."
+    "Weights that balance the classes, from their ratio in the data set (Section II.A of the L2-SP paper); a `ValueError` for a class without pixels."
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if counts.ndim != 1 or len(counts) < 2 or not counts.isfinite().all() or (counts < 0).any():
         raise ValueError(f'counts are one number of pixels per class, for 2 classes or more, not {counts.tolist()}')
@@ -217,7 +217,7 @@ class WeightedCrossEntropy(nn.CrossEntropyLoss):
 def weighted_cross_entropy(
     weights: Sequence[float] | Tensor, # (C,) from `class_weights`
 ) -> WeightedCrossEntropy: # (logits (B, C, H, W), masks (B, H, W)) -> weighted mean
-    "The paper's loss (Section II.A); a `ValueError` unless all weights are positive numbers."
+    "The loss of the L2-SP paper (Section II.A); a `ValueError` unless all weights are positive numbers."
     weights = torch.as_tensor(weights, dtype=torch.float32)
     if weights.ndim != 1 or not (weights.isfinite() & (weights > 0)).all(): raise ValueError(f'weights are one positive number per class, not {weights.tolist()}')
     return WeightedCrossEntropy(weights)

@@ -122,7 +122,7 @@ class Statement:
 def transfer_statements(
     protocol: str = 'paper',  # In which ours were trained
 ) -> list[Statement]:
-    "Of Table 2 and the text about it (Section 5)."
+    "Statements of Table 2 and of the text about it (Section 5)."
     found = [Statement('timm', other, portion) for portion in PORTIONS for other in TITLES if other != 'timm' and printed(other, portion)]
     found += [Statement('m2', 'm1', '4%'), Statement('m2', 'm1', '8%')] + [Statement('m1', 'none', portion) for portion in PORTIONS]
     return [replace(s, protocol=protocol) for s in [*found, Statement('timm', 'none', '4%', less='8%')]]

@@ -146,7 +146,7 @@ def plan(
     data_root:str|Path=None, # The user's data sets
     published:bool=False # Take a committed result where the store has none
 ) -> Plan:
-    "What is stored, what must be trained, in which order; nothing is trained. A `ConfigError` for an ancestor of itself, or another paper's class"
+    "What is stored, what must be trained, in which order; nothing is trained. A `ConfigError` for a run that is its own ancestor, or a configuration of another paper's class"
     jobs, found, todo = _Jobs(data_root), {}, {}
     def need(job): # Parents are trained even where published: their weights are not
         if job.key in todo or store.get(job.key): return
@@ -551,7 +551,7 @@ class Runs(list):
     def find(self,
         config:RunConfig # One that was asked for
     ) -> Record | None: # None: it failed
-        "Its record"
+        "Record of a run"
         return self._by_config.get(config)
 
     def summary(self) -> str:

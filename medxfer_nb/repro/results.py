@@ -184,7 +184,7 @@ def contrast(
     b: Sequence[Record],             # Runs of the other
     observation: str | None = None,  # Name of one observation; None: the mean AUC
 ) -> Contrast:
-    "a minus b over the seeds they share, with all that can be said about it; a `ValueError` if they cannot be paired or were not scored."
+    "a minus b over the seeds they share, with all that can be said about it; a `ValueError` if they cannot be paired, or `observation` was not scored."
     runs_a, runs_b = _by_pair(a), _by_pair(b)
     keys = sorted(runs_a.keys() & runs_b.keys())
     if not keys: return Contrast(math.nan, (math.nan,)*2, (), (), note='no seed in common')

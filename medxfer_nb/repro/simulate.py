@@ -74,10 +74,10 @@ class Timeline:
 
 def simulate_sweep(
     tasks:Tasks, # In order of preference
-    workers:int, # How many run at once; a `ConfigError` for less than one
+    workers:int, # How many run at once, at least 1
     overhead:float=0. # Seconds that each task costs besides its own
 ) -> Timeline:
-    "List scheduling: no worker is idle while a task is ready. Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 1969"
+    "List scheduling: no worker is idle while a task is ready; a `ConfigError` for fewer than one worker. Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 1969"
     if workers < 1: raise ConfigError(f'{workers} workers cannot do anything; use 1 or more')
     waits, children = [len(set(p)) for p in tasks.parents], [[] for _ in tasks.seconds]
     for i, parents in enumerate(tasks.parents):

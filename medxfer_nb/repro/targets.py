@@ -273,7 +273,7 @@ def verdict(
     no_difference:bool=False, # Is the published statement that there is no difference?
     margin:float=math.inf # An interval around 0 that reaches further shows nothing, not even no difference; in the published unit
 ) -> Claim:
-    "Compare ours with the published: a number by its distance, an effect by its direction (`ValueError`: other scale, or no interval)"
+    "Compare ours with the published: a number by its distance, an effect by its direction; `ValueError` for an unknown scale or, above smoke scale, an effect without interval"
     if scale not in SCALES: raise ValueError(f"{scale!r} is no scale; choose {', '.join(SCALES)}")
     estimate = getattr(ours, 'estimate', ours)
     if estimate is None or math.isnan(estimate): return Claim(about, 'not run', scale, published, mechanism_only=same_anatomy, no_difference=no_difference)

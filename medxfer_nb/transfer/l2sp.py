@@ -255,7 +255,7 @@ class L2SP(Callback):
         self.counted = True
 
     def after_cancel_step(self):
-        "No step was taken, after an overflow for one: nothing is to follow."
+        "The step was cancelled, for example after an overflow: `after_step` shall not pull."
         self.stepping = False
 
     def after_step(self):
@@ -351,6 +351,6 @@ def max_stable_lr(
     mom: float = 0., # Heavy-ball momentum
     curvature: float = 0., # Largest eigenvalue of the loss's Hessian
 ) -> float: # Learning rate
-    "Beyond this learning rate SGD diverges with the forms `loss` and `grad`; infinite where nothing pulls."
+    "Beyond this learning rate SGD diverges with the forms `loss` and `grad`; infinite if `lam` and `curvature` are both 0."
     stiffness = 2 * lam + curvature
     return 2 * (1 + mom) / stiffness if stiffness else math.inf

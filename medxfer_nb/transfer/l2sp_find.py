@@ -101,8 +101,8 @@ class LamCurve:
     folds: np.ndarray # (P,) fold of each patient
 
     @property
-    def table(self) -> pd.DataFrame: # One row per lambda; a `ValueError` if every training diverged
-        "Mean and standard error over patients; how far behind the best, paired, with its standard error."
+    def table(self) -> pd.DataFrame: # One row per lambda
+        "Mean and standard error over patients; how far behind the best, paired, with its standard error; a `ValueError` if every training diverged."
         complete = ~np.isnan(self.scores).any(0)
         mean = np.where(complete, self.scores.mean(0), np.nan)
         if not complete.any(): raise ValueError("every training diverged: lower the learning rate, or take form='proximal'")

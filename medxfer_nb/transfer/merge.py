@@ -440,7 +440,7 @@ def task_arithmetic(
 # %% ../../nbs/api/transfer/05_merge.ipynb #2e88a593
 @torch.no_grad()
 def load_merged(
-    net: nn.Module, # Gives S and its buffers
+    net: nn.Module, # To fill, in place; its S and buffers stay
     merged: Mapping[str, Tensor], # P, of one of the functions above
 ) -> nn.Module: # The same network
     "Put merged parameters into a network, in place; a `MergeError` lists what does not fit."

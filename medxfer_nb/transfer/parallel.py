@@ -248,7 +248,7 @@ class Share:
     def __setattr__(self, name, value): setattr(self.dl, name, value) # `SeedEpochs` reseeds the loader through here
 
     def to_detach(self, b, cpu=True, gather=True):
-        "Without gathering: `DataParallel` has gathered it."
+        "Detach and move without gathering: `DataParallel` has gathered already."
         return to_detach(b, cpu, gather=False)
 
 # %% ../../nbs/api/transfer/08_parallel.ipynb #cbd6a207

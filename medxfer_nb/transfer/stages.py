@@ -133,11 +133,11 @@ def stage_learner(
 
 # %% ../../nbs/api/transfer/01_stages.ipynb #9dc26220
 class TrainingDiverged(RuntimeError):
-    "The loss became NaN or infinite."
+    "The loss became NaN or infinite, or rose too early for `find_lr` to judge."
     def __init__(self,
         message: str, # What happened, and what to do
-        step: int, # Of the training, from 0
-        loss: float, # As it was: NaN or infinite
+        step: int, # Of the training, or of the finder, from 0
+        loss: float, # As it was: NaN or infinite; from `find_lr` perhaps finite
         config: object = None, # Of the run
     ):
         super().__init__(message)

@@ -159,7 +159,7 @@ def stalls(
 WATCHED = {'valid': lambda entry: entry['valid_metric'], 'train': lambda entry: -entry['train_loss']}
 
 class UntilConverged(Callback):
-    "Stop when the score stalls; before that, halve the learning rate. A `ValueError` for other words, or numbers below 1."
+    "Stop when the score stalls; before that, halve the learning rate. A `ValueError` for an unknown `watch`, or a `patience` or `halve_after` below 1."
     order = -15
     def __init__(self,
         keep: KeepBest, # Its history decides
@@ -242,7 +242,7 @@ def split_adaption(model: AdaptiveMerge) -> list[list[nn.Parameter]]: # Paramete
 class KeepRatios(Callback):
     "No weight decay on delta."
     def before_fit(self):
-        "Set it to 0 for the first parameter group, which holds delta; the others keep theirs."
+        "Set the weight decay of the first parameter group, which holds delta, to 0; the others keep theirs."
         self.opt.set_hyper('wd', [0., *(hyper.get('wd', 0.) for hyper in self.opt.hypers[1:])])
 
 @contextmanager
