@@ -118,7 +118,7 @@ def estimate(
     n: int = 2000,   # Sets of patients drawn, for an AUC
     seed: int = 0,   # Of these draws
 ) -> Estimates:
-    "Scores of every arm and repeat, and how they move with the patients; `JudgeError` (`ResultsError` for a segmentation) if too few were tested to judge by."
+    "Scores of every arm and repeat, and how they move with the patients; `JudgeError` (`ResultsError` for a segmentation) if too few were tested to judge by, `JudgeError` if the arms were scored on different patients."
     return _estimate_auc(results, n, seed) if results.metric == 'auc' else _estimate_dice(results)
 
 # %% ../../nbs/api/compare/08_judge.ipynb #059044c7
@@ -480,7 +480,7 @@ def judge(
     n: int = 2000,                             # Sets of patients drawn, for an AUC
     seed: int = 0,                             # Of these draws
 ) -> Judgement:
-    "Compare all arms, over repeats and patients; `JudgeError` if no arm has all its runs; that, or `ResultsError` for a segmentation, if too few patients were tested."
+    "Compare all arms, over repeats and patients; `JudgeError` for an unknown `correction`, or if no arm has all its runs; that, or `ResultsError` for a segmentation, if too few patients were tested."
     if not results.arms: raise JudgeError('no arm has all its runs, so there is nothing to judge: see `failures`, and run again')
     adjust([], correction)
     estimates, there = estimate(results, n, seed), _references(results, references) if len(results.arms) > 1 else {}

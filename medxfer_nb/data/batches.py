@@ -113,7 +113,7 @@ class Draws:
 def augmentation(
     draws:Draws # Where the random numbers come from
 ) -> list: # fastai batch transforms
-    "Section IV.B: rotation by -10 to 10 degrees and zoom by 0 to 10%, with probability 0.75 each"
+    "Section IV.B of the colorization paper: rotation by -10 to 10 degrees and zoom by 0 to 10%, with probability 0.75 each"
     rotate = Rotate(p=1., draw=draws.uniform(-10, 10, p=.75))
     place = draws.uniform(0, 1)
     return setup_aug_tfms([rotate, Zoom(p=1., draw=draws.uniform(1, 1.1, p=.75, neutral=1.), draw_x=place, draw_y=place)])

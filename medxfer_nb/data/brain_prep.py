@@ -26,7 +26,7 @@ def n4(
     shrink:int = 4, # Estimate on every such voxel along each axis
     iterations:tuple = (50, 50, 50, 50) # At most, for each level of the B-spline
 ) -> np.ndarray: # (Z,Y,X) float32
-    "N4 bias-field correction (Tustison 2010), which Section 4.2 applies to BraTS; `BrainError` if `shrink` leaves too little"
+    "N4 bias-field correction (Tustison 2010), which Section 4.2 of the T-IMM paper applies to BraTS; `BrainError` if `shrink` leaves too little"
     image = np.asarray(image, np.float32)
     mask = image > 0 if mask is None else np.asarray(mask, bool)
     if image.ndim != 3 or mask.shape != image.shape: raise BrainError(f'an image (Z,Y,X) and a mask of its shape are needed, got {image.shape} and {mask.shape}')
@@ -155,7 +155,7 @@ def prepare(
     shape:tuple, # (z,y,x) voxels of the result
     bias_correct:bool = False # Run `n4` first
 ) -> tuple: # (M,z,y,x) float32 ranks; (z,y,x) uint8 or None
-    "All that is done to one subject: bias correction if asked for, box, size, and ranks (Section 4.2)"
+    "All that is done to one subject: bias correction if asked for, box, size, and ranks (Section 4.2 of the T-IMM paper)"
     if bias_correct: images = np.stack([n4(i) for i in images])
     images = crop(images, box)
     inside = resize_volume(images.any(0), shape) >= .5
@@ -243,7 +243,7 @@ def write_submission(
     path:Path, # .nii or .nii.gz file to write, e.g. a folder / f'{case.subject}.nii.gz'
     box:tuple = None # `Brains.box` of what the network saw; None: the whole volume
 ) -> Path: # `path`
-    "BraTS labels on the publisher's grid, for the online validation set of Section 4.2"
+    "BraTS labels on the publisher's grid, for the online validation set of Section 4.2 of the T-IMM paper"
     outputs, box = np.asarray(outputs), box or tuple((0, n) for n in grid.size)
     if outputs.ndim != 4 or len(outputs) != 3: raise BrainError(f'outputs are (3,z,y,x): ET, TC, WT, not of shape {outputs.shape}')
     if not (outputs.min() >= 0 and outputs.max() <= 1): raise BrainError('outputs are masks or probabilities between 0 and 1: apply the sigmoid first')

@@ -87,7 +87,7 @@ def _picture(draw, options, picked, size, note='') -> Figure: # options: one dic
 # %% ../../nbs/api/evaluate/04_interactive.ipynb #692d1e11
 def _control(widgets, name, values, options, label): # A menu for what came with labels, a slider for what has an order
     if isinstance(values, Mapping): return widgets.Dropdown(options=list(options.items()), value=options[label], description=name)
-    return widgets.SelectionSlider(options=list(options.items()), value=options[label], description=name, continuous_update=False)
+    return widgets.SelectionSlider(options=list(options.items()), value=options[label], description=name, continuous_update=False, layout=widgets.Layout(width='28em'))
 
 def _widget(widgets, controls, draw, options, size, note):
     "Controls above an image that is drawn again when one of them moves."

@@ -69,7 +69,7 @@ def mean_auc(
     labels: Sequence[str] | None = None, # C names; default 'label 0', 'label 1', ...
     over: Sequence[str] | None = None, # average over these labels only; default all
 ) -> float: # in [0, 1]
-    "Mean AUC over the observations (Section IV.C); `UndefinedAUC`, naming them, if any is undefined."
+    "Mean AUC over the observations (Section IV.C of the colorization paper); `UndefinedAUC`, naming them, if any is undefined."
     table = auc_table(targets, scores, labels)
     unknown = [l for l in over or () if l not in table.index]
     if unknown: raise ValueError(f'over={unknown}: the labels are {list(table.index)}')

@@ -246,7 +246,7 @@ def plot_lambda(
     published: pd.DataFrame | None = None, # source, lam, metric, value: drawn as hollow stars
     reference: float | None = None, # draw differences to this lambda instead, paired by seed and patient
 ) -> plt.Figure:
-    "Scores against the penalty weight for each source, over seeds and patients (Figure 1)."
+    "Scores against the penalty weight for each source, over seeds and patients (Figure 1 of the L2-SP paper)."
     fig, axes = plt.subplots(1, len(metrics), figsize=(max(1.4*COLUMN, min(PAGE, COLUMN*len(metrics))), 3.3), squeeze=False)
     lams = sorted(runs.lam.unique())
     for ax, metric in zip(axes[0], metrics):

@@ -165,7 +165,7 @@ def plot_strategies(
     metric: str = 'mean_auc', # column of `runs`
     level: float = .95, # of the intervals
 ) -> plt.Figure:
-    "Scores per strategy and colour module, one panel per backbone, beside the published ones (Table I)."
+    "Scores per strategy and colour module, one panel per backbone, beside the published ones (Table I of the colorization paper)."
     _check(runs, ['strategy', 'module', 'backbone', metric])
     backbones, recipes = list(dict.fromkeys(runs.backbone)), _recipes(runs)
     colours, tables = strategy_colours(s for s, _ in recipes), [_published_here(published, recipes, metric, b) for b in backbones]
@@ -198,7 +198,7 @@ def plot_observations(
     columns: Sequence[str] | None = None, # default: all auc_ columns of `runs`
     level: float = .95, # of the intervals
 ) -> plt.Figure:
-    "AUC of each observation per strategy (Table II)."
+    "AUC of each observation per strategy (Table II of the colorization paper)."
     columns, recipes = list(columns or observations_of(runs)), _recipes(_check(runs, ['strategy', 'module']))
     _check(runs, columns)
     colours, tables = strategy_colours(s for s, _ in recipes), [_published_here(published, recipes, c) for c in columns]
@@ -267,7 +267,7 @@ def plot_sizes(
     metric: str = 'mean_auc', # column of `runs`
     level: float = .95, # of the intervals
 ) -> plt.Figure:
-    "Score against the size of the training set, and its difference to a reference strategy (Figure 6)."
+    "Score against the size of the training set, and its difference to a reference strategy (Figure 6 of the colorization paper)."
     recipes = _recipes(_check(runs, ['strategy', 'module', 'n_train', 'draw', 'seed', metric]))
     colours = strategy_colours(s for s, _ in recipes)
     fig, (left, right) = plt.subplots(1, 2, figsize=(PAGE, 3.1), gridspec_kw={"wspace": .08})
@@ -332,7 +332,7 @@ def plot_colours(
     colours: Mapping[tuple[str, str], np.ndarray], # (module, stage) -> (K, 3, H, W)
     percentiles: tuple[float, float] = (1, 99), # as for `scale_colours`, for each column by itself
 ) -> plt.Figure:
-    "Films and what each colour module makes of them at each stage (Figure 4)."
+    "Films and what each colour module makes of them at each stage (Figure 4 of the colorization paper)."
     films, columns = np.asarray(films), 1 + len(colours)
     width = min(PAGE, 1.3*columns)
     fig, axes = plt.subplots(len(films), columns, figsize=(width, width/columns*len(films)*films.shape[1]/films.shape[2] + .75), squeeze=False)
@@ -353,7 +353,7 @@ LABEL_COLOURS = {'positive': '#D55E00', 'uncertain': '#F0E442', 'negative': '#56
 def plot_label_counts(
     counts: Mapping[str, pd.DataFrame], # panel title -> one row per observation, columns positive, negative, uncertain (masked)
 ) -> plt.Figure:
-    "Stacked bars of the label counts per observation (Figure 5)."
+    "Stacked bars of the label counts per observation (Figure 5 of the colorization paper)."
     fig, axes = plt.subplots(1, len(counts), figsize=(max(COLUMN, min(PAGE, 3*len(counts) + .6)), .9 + .24*max(map(len, counts.values()))),
                              sharey=True, squeeze=False)
     kinds = [k for k in LABEL_COLOURS if any(k in c and c[k].sum() > 0 for c in counts.values())]

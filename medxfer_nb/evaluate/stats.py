@@ -116,7 +116,7 @@ def paired_t(
     b: Sequence[float], # (n,) scores of the paired runs of b (same seeds, same data)
     level: float = .95, # of the interval
 ) -> PairedT:
-    "Paired t-test of a minus b over runs (Section IV.C); `ValueError` for fewer than two pairs, or scores that are not finite."
+    "Paired t-test of a minus b over runs (Section IV.C of the colorization paper); `ValueError` for fewer than two pairs, or scores that are not finite."
     d = _paired(a, b)
     mean, n, se = d.mean(), len(d), d.std(ddof=1)/len(d)**.5
     if se <= 1e-12*np.abs(d).max(): # rounding noise is no spread: t is undefined, not infinite
@@ -128,7 +128,7 @@ def paired_t(
 def benjamini_hochberg(
     p: Sequence[float], # p-values of one family of tests; NaN: not tested
 ) -> np.ndarray: # adjusted p-values in the same order
-    "p-values adjusted to control the false discovery rate (Section IV.C, reference 35)."
+    "p-values adjusted to control the false discovery rate (Section IV.C, reference 35, of the colorization paper)."
     p = np.asarray(p, float)
     family = p[~np.isnan(p)]
     if ((family < 0) | (family > 1)).any(): raise ValueError('p-values must lie between 0 and 1')

@@ -235,7 +235,7 @@ def overlay(
     window: tuple[float, float] = (0., 1.), # gray values shown as black and white, e.g. (-1250, 250) for HU
     alpha: float = .6, # strength of the colours
 ) -> np.ndarray: # (H, W, 3) in [0, 1]
-    "A slice with true positives green, false positives red, false negatives yellow (Figure 2)."
+    "A slice with true positives green, false positives red, false negatives yellow (Figure 2 of the L2-SP paper)."
     pred, truth = np.asarray(pred, bool), np.asarray(truth, bool)
     if not np.shape(image) == pred.shape == truth.shape: raise ValueError(f'image {np.shape(image)}, prediction {pred.shape} and truth {truth.shape} are not of one shape')
     low, high = window
@@ -254,7 +254,7 @@ def plot_overlays(
     window: tuple[float, float] = (0., 1.), # gray values shown as black and white
     aspect: float = 1., # height of a pixel in units of its width
 ) -> plt.Figure:
-    "Slices, and the overlay of each prediction with its Dice on that slice (Figure 2)."
+    "Slices, and the overlay of each prediction with its Dice on that slice (Figure 2 of the L2-SP paper)."
     rows, columns = len(images), 1 + len(predictions)
     width = min(PAGE, 1.8*columns)
     height = width/columns*aspect*np.shape(images)[1]/np.shape(images)[2] + .16

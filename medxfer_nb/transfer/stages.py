@@ -119,7 +119,7 @@ def stage_learner(
     precision: str | dict[str, str] | None = None, # 'fp32', 'bf16', 'auto' or one per part; None: as the model is set
     precision_cache: str | Path | None = None, # File of decisions for 'auto'
 ) -> Learner: # SGD, three parameter groups, fixed parts fixed
-    "A fastai `Learner` for one stage, with SGD (Section IV.B)."
+    "A fastai `Learner` for one stage, with SGD (Section IV.B of the colorization paper)."
     s = get_strategy(strategy)
     learn = Learner(dls, model, loss_func=loss, opt_func=partial(SGD, mom=mom), splitter=split_TEC, wd=wd,
                     cbs=[Fix(s.fixed, bn_stats)] if s.fixed else None)
@@ -185,7 +185,7 @@ def find_lr(
     seed: int = 0, # For the order of the batches
     config: object = None, # Of the run, for the message of `TrainingDiverged`
 ) -> LrCurve:
-    "Find the maximum learning rate (Section IV.B); the learner stays exactly as it was. `TrainingDiverged` if the loss breaks off too early to judge."
+    "Find the maximum learning rate (Section IV.B of the colorization paper); the learner stays exactly as it was. `TrainingDiverged` if the loss breaks off too early to judge."
     if iterations < 50: raise ValueError(f'{iterations} iterations give unreliable suggestions: take 50 or more')
     with untouched(learn), learn.no_bar(), learn.no_logging():
         seed_epoch(learn, seed, 0)
@@ -342,7 +342,7 @@ def fit_stage(
     callbacks: Sequence[Callback] = (), # More callbacks
     config: object = None, # Of the run, for the message of `TrainingDiverged`
 ) -> StageResult: # The model holds the weights of the best validation
-    "Train one stage with One Cycle and end at the best validation (Section IV.B); a `ValueError` if steps and loader do not fit."
+    "Train one stage with One Cycle and end at the best validation (Section IV.B of the colorization paper); a `ValueError` if steps and loader do not fit."
     epochs, keep = _epochs(learn, steps, validate_every), KeepBest(metric)
     stage = dict(strategy=learn.strategy.name, steps=steps, validate_every=validate_every, seed=seed, lr=lr)
     saved = read_checkpoint(checkpoint, stage) if checkpoint else None
