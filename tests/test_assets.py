@@ -53,7 +53,7 @@ def test_wrong_member(add):
     with pytest.raises(AssetError, match='is not used'): fetch('tiny', **quiet)
     assert cached() == []
 
-@pytest.mark.parametrize('name', ['../../evil/file.bin', '/tmp/evil/file.bin', 'a/../../file.bin', '..\\evil\\..\\/file.bin'])
+@pytest.mark.parametrize('name', ['../../evil/file.bin', '/evil/file.bin', 'a/../../file.bin', '..\\evil\\..\\/file.bin'])
 def test_members_that_climb_out(add, name):
     add({name: CONTENT})
     with pytest.raises(AssetError, match='unsafe path'): fetch('tiny', **quiet)
